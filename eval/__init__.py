@@ -1,0 +1,1 @@
+"""Evaluate reconstructions: `eval.evaluate(vaes, data)`."""

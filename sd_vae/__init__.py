@@ -1,0 +1,64 @@
+"""A KL autoencoder for Stable Diffusion: drop-in for diffusers, trainer, exact tools, honest evaluation.
+
+Importing this package is cheap: torch and diffusers are imported when a name that needs them is first used.
+"""
+
+import importlib
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+__version__ = version("sd-vae")
+
+__all__ = [
+    "PRESETS",
+    "AutoencoderKL",
+    "DiagonalGaussian",
+    "UserError",
+    "VAEConfig",
+    "crop",
+    "load_vae",
+    "open_image",
+    "pad_to_factor",
+    "save_vae",
+    "set_checks",
+    "to_pil",
+    "to_tensor",
+]
+
+_HOMES = {
+    "PRESETS": "sd_vae.config",
+    "AutoencoderKL": "sd_vae.autoencoder",
+    "DiagonalGaussian": "sd_vae.posterior",
+    "UserError": "sd_vae.errors",
+    "VAEConfig": "sd_vae.config",
+    "crop": "sd_vae.images",
+    "load_vae": "sd_vae.checkpoints",
+    "open_image": "sd_vae.images",
+    "pad_to_factor": "sd_vae.images",
+    "save_vae": "sd_vae.checkpoints",
+    "set_checks": "sd_vae.checks",
+    "to_pil": "sd_vae.images",
+    "to_tensor": "sd_vae.images",
+}
+
+if TYPE_CHECKING:
+    from sd_vae.autoencoder import AutoencoderKL
+    from sd_vae.checkpoints import load_vae, save_vae
+    from sd_vae.checks import set_checks
+    from sd_vae.config import PRESETS, VAEConfig
+    from sd_vae.errors import UserError
+    from sd_vae.images import crop, open_image, pad_to_factor, to_pil, to_tensor
+    from sd_vae.posterior import DiagonalGaussian
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

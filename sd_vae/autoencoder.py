@@ -1,0 +1,407 @@
+"""The Stable Diffusion autoencoder, small to large: from a residual block to `AutoencoderKL`.
+
+Module and parameter names are diffusers', so conversion to and from diffusers is the identity. The blocks are ours;
+what makes a model a good citizen of a pipeline (saving, loading, offloading, tiling, PEFT) is inherited from diffusers.
+
+Shapes: B batch, C latent channels, D feature channels, H W pixels (or the feature map's size), h w latent cells.
+
+Sources: Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", arXiv 2112.10752;
+CompVis/latent-diffusion@main:ldm/modules/diffusionmodules/model.py.
+"""
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sd_vae._diffusers import (
+    Attention as DiffusersAttention,
+)
+from sd_vae._diffusers import (
+    AttnProcessor2_0,
+    AutoencoderKLOutput,
+    DecoderOutput,
+    DiffusersAutoencoderKL,
+    apply_forward_hook,
+    get_activation,
+    register_to_config,
+)
+from sd_vae.checks import require_finite, require_image, require_latent
+from sd_vae.config import VAEConfig
+from sd_vae.posterior import DiagonalGaussian
+
+__all__ = ["AutoencoderKL"]
+
+GROUP_NORM_EPS = 1e-6  # PyTorch's default is 1e-5; published weights were trained with this one
+
+
+class ResnetBlock2D(nn.Module):
+    """Two normalised 3x3 convolutions beside a residual connection: (B, D_in, H, W) to (B, D_out, H, W)."""
+
+    def __init__(self, in_channels: int, out_channels: int, config: VAEConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(config.norm_num_groups, in_channels, eps=GROUP_NORM_EPS)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(config.norm_num_groups, out_channels, eps=GROUP_NORM_EPS)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.nonlinearity = get_activation(config.act_fn)
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x + branch(x), with a 1x1 convolution on x where the width changes."""
+        h = self.conv1(self.nonlinearity(self.norm1(x)))
+        h = self.conv2(self.nonlinearity(self.norm2(h)))
+        return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
+
+
+class Attention(DiffusersAttention):
+    """Single-head self-attention over all positions of a feature map, with a residual connection.
+
+    The parameters and the processor interface are diffusers' (`set_attn_processor`, fused projections, deprecated
+    names); with the default processor the computation is the one below.
+    """
+
+    def __init__(self, channels: int, config: VAEConfig) -> None:
+        super().__init__(
+            channels,
+            heads=1,
+            dim_head=channels,
+            norm_num_groups=config.norm_num_groups,
+            eps=GROUP_NORM_EPS,
+            bias=True,
+            residual_connection=True,
+            upcast_softmax=True,
+            _from_deprecated_attn_block=True,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return attention(norm(x)) + x, (B, D, H, W)."""
+        if type(self.processor) is not AttnProcessor2_0:
+            return super().forward(x)
+        batch_size, channels, height, width = x.shape
+        h = self.group_norm(x).flatten(2).transpose(1, 2).unsqueeze(1)  # (B, 1, HW, D)
+        h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
+        h = self.to_out[0](h)
+        return h.transpose(2, 3).reshape(batch_size, channels, height, width) + x
+
+
+class Downsample2D(nn.Module):
+    """Halve height and width by a strided convolution: (B, D, H, W) to (B, D, H/2, W/2)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the strided convolution of x."""
+        # Right and bottom only: Stable Diffusion was trained with this padding.
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample2D(nn.Module):
+    """Double height and width by repetition, then convolve: (B, D, H, W) to (B, D, 2H, 2W)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the convolution of the doubled x."""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class EncoderBlock(nn.Module):
+    """One level of the encoder: residual blocks, attention after each where asked, then halving."""
+
+    def __init__(self, in_channels: int, out_channels: int, config: VAEConfig, *, attend: bool, halve: bool) -> None:
+        super().__init__()
+        widths = [in_channels] + [out_channels] * config.layers_per_block
+        self.resnets = nn.ModuleList(ResnetBlock2D(d_in, d_out, config) for d_in, d_out in pairwise(widths))
+        self.attentions = nn.ModuleList(Attention(out_channels, config) for _ in self.resnets) if attend else None
+        self.downsamplers = nn.ModuleList([Downsample2D(out_channels)]) if halve else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the level's output, half the size where it halves."""
+        x = _run_layers(x, self.resnets, self.attentions)
+        return x if self.downsamplers is None else self.downsamplers[0](x)
+
+
+class DecoderBlock(nn.Module):
+    """One level of the decoder: residual blocks (one more than the encoder's), then doubling."""
+
+    def __init__(self, in_channels: int, out_channels: int, config: VAEConfig, *, attend: bool, double: bool) -> None:
+        super().__init__()
+        widths = [in_channels] + [out_channels] * (config.layers_per_block + 1)
+        self.resnets = nn.ModuleList(ResnetBlock2D(d_in, d_out, config) for d_in, d_out in pairwise(widths))
+        self.attentions = nn.ModuleList(Attention(out_channels, config) for _ in self.resnets) if attend else None
+        self.upsamplers = nn.ModuleList([Upsample2D(out_channels)]) if double else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the level's output, twice the size where it doubles."""
+        x = _run_layers(x, self.resnets, self.attentions)
+        return x if self.upsamplers is None else self.upsamplers[0](x)
+
+
+class UNetMidBlock2D(nn.Module):
+    """Residual block, attention, residual block at the smallest size; diffusers' tools look for it by this name."""
+
+    def __init__(self, channels: int, config: VAEConfig) -> None:
+        super().__init__()
+        self.gradient_checkpointing = False
+        self.resnets = nn.ModuleList(ResnetBlock2D(channels, channels, config) for _ in range(2))
+        self.attentions = nn.ModuleList([Attention(channels, config)]) if config.mid_block_add_attention else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the middle of the network, same shape as x."""
+        x = self.resnets[0](x)
+        if self.attentions is not None:
+            x = self.attentions[0](x)
+        return self.resnets[1](x)
+
+
+class Encoder(nn.Module):
+    """Images (B, in_channels, H, W) to moments before quant_conv (B, 2C, h, w)."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.gradient_checkpointing = False
+        widths = config.block_out_channels
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList()
+        for level, kind in enumerate(config.down_block_types):
+            block = EncoderBlock(
+                widths[max(level - 1, 0)],
+                widths[level],
+                config,
+                attend=kind == "AttnDownEncoderBlock2D",
+                halve=level < len(widths) - 1,
+            )
+            self.down_blocks.append(block)
+        self.mid_block = UNetMidBlock2D(widths[-1], config)
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[-1], eps=GROUP_NORM_EPS)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return cat(mean, logvar) at 1/factor of the size."""
+        x = _run_blocks(self, self.conv_in(x), [*self.down_blocks, self.mid_block])
+        return self.conv_out(F.silu(self.conv_norm_out(x)))  # silu whatever act_fn says, as in diffusers
+
+
+class Decoder(nn.Module):
+    """Latents after post_quant_conv (B, C, h, w) to images (B, out_channels, H, W), not clamped."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.gradient_checkpointing = False
+        widths = config.block_out_channels[::-1]
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.mid_block = UNetMidBlock2D(widths[0], config)
+        self.up_blocks = nn.ModuleList()
+        for level, kind in enumerate(config.up_block_types):
+            block = DecoderBlock(
+                widths[max(level - 1, 0)],
+                widths[level],
+                config,
+                attend=kind == "AttnUpDecoderBlock2D",
+                double=level < len(widths) - 1,
+            )
+            self.up_blocks.append(block)
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[-1], eps=GROUP_NORM_EPS)
+        self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Return the picture at factor times the size."""
+        x = _run_blocks(self, self.conv_in(z), [self.mid_block, *self.up_blocks])
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+def _run_layers(x: Tensor, resnets: nn.ModuleList, attentions: nn.ModuleList | None) -> Tensor:
+    """Residual blocks in order, each followed by its attention where there is one."""
+    for index, resnet in enumerate(resnets):
+        x = resnet(x)
+        if attentions is not None:
+            x = attentions[index](x)
+    return x
+
+
+def _run_blocks(half: Any, x: Tensor, blocks: list[nn.Module]) -> Tensor:
+    """Blocks in order, recomputed in the backward pass where gradient checkpointing is on."""
+    for block in blocks:
+        if half.gradient_checkpointing and torch.is_grad_enabled():
+            x = half._gradient_checkpointing_func(block, x)
+        else:
+            x = block(x)
+    return x
+
+
+class AutoencoderKL(DiffusersAutoencoderKL):
+    """A KL-regularised autoencoder: images x in [-1, 1] to a posterior over raw latents z, and back.
+
+    An instance of `diffusers.AutoencoderKL` with the same config fields, parameter names, numbers and methods; a folder
+    that it saves opens in plain diffusers. `enable_tiling()` is diffusers' algorithm for now: each tile takes its own
+    GroupNorm statistics, so its result is approximate and can show seams.
+
+    Its arguments are the fields of `VAEConfig`, checked by it.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",),
+        up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",),
+        block_out_channels: tuple[int, ...] = (64,),
+        layers_per_block: int = 1,
+        act_fn: str = "silu",
+        latent_channels: int = 4,
+        norm_num_groups: int = 32,
+        sample_size: int | tuple[int, int] = 32,
+        scaling_factor: float = 0.18215,
+        shift_factor: float | None = None,
+        latents_mean: tuple[float, ...] | None = None,
+        latents_std: tuple[float, ...] | None = None,
+        force_upcast: bool = True,
+        use_quant_conv: bool = True,
+        use_post_quant_conv: bool = True,
+        mid_block_add_attention: bool = True,
+    ) -> None:
+        # Past diffusers' own __init__, which would build its encoder and decoder first.
+        super(DiffusersAutoencoderKL, self).__init__()
+        # A saved pipeline names its VAE's library by this attribute; set on the class, it would break pickle.
+        self.__module__ = DiffusersAutoencoderKL.__module__
+        config = VAEConfig.from_dict(dict(self.config))
+        moments = 2 * config.latent_channels
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv2d(moments, moments, 1) if config.use_quant_conv else None
+        self.post_quant_conv = (
+            nn.Conv2d(config.latent_channels, config.latent_channels, 1) if config.use_post_quant_conv else None
+        )
+        self.use_slicing = False
+        self.use_tiling = False
+        tile_size = config.sample_size if isinstance(config.sample_size, int) else config.sample_size[0]
+        self.tile_sample_min_size = tile_size
+        self.tile_latent_min_size = tile_size // config.factor
+        self.tile_overlap_factor = 0.25
+
+    @property
+    def factor(self) -> int:
+        """Pixels a latent cell in each direction, 8 for Stable Diffusion."""
+        return int(2 ** (len(self.config.block_out_channels) - 1))
+
+    @apply_forward_hook
+    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussian]:
+        """Return the posterior q(z|x) as `.latent_dist`.
+
+        Args:
+            x: Images (B, in_channels, H, W) in [-1, 1]; H and W divisible by `self.factor`.
+            return_dict: False for a plain tuple.
+
+        Returns:
+            Posterior over z of shape (B, C, H/factor, W/factor), unscaled.
+
+        Raises:
+            UserError: Wrong number of dimensions or channels, a size that the factor does not divide, or, on the CPU
+                and where `set_checks(True)` asks for it, values that are not finite.
+        """
+        require_image(x, self.config.in_channels, self.factor)
+        slices = x.split(1) if self.use_slicing and len(x) > 1 else [x]
+        moments = torch.cat([self._encode(part) for part in slices]) if len(slices) > 1 else self._encode(x)
+        require_finite(self, "encode", x, moments)
+        posterior = DiagonalGaussian(moments)
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    @apply_forward_hook
+    def decode(
+        self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
+    ) -> DecoderOutput | tuple[Tensor]:
+        """Return the pictures of raw latents as `.sample`.
+
+        Args:
+            z: Raw latents (B, C, h, w); scaled `latents` are divided by the scaling factor (and shifted) first.
+            return_dict: False for a plain tuple.
+            generator: Not used; pipelines pass it, and decoding draws nothing.
+
+        Returns:
+            Images (B, out_channels, h*factor, w*factor) around [-1, 1], not clamped.
+
+        Raises:
+            UserError: Wrong number of dimensions or channels, or values that are not finite, as in `encode`.
+        """
+        require_latent(z, self.config.latent_channels)
+        slices = z.split(1) if self.use_slicing and len(z) > 1 else [z]
+        parts = [self._decode(part, return_dict=False)[0] for part in slices]
+        x = torch.cat(parts) if len(parts) > 1 else parts[0]
+        require_finite(self, "decode", z, x)
+        return DecoderOutput(sample=x) if return_dict else (x,)
+
+    def _encode(self, x: Tensor) -> Tensor:
+        """Moments (B, 2C, h, w) of images, by tiles where tiling is on and the images are larger than a tile."""
+        if self.use_tiling and max(x.shape[-2:]) > self.tile_sample_min_size:
+            return self._tiled_encode(x)
+        moments = self.encoder(x)
+        return moments if self.quant_conv is None else self.quant_conv(moments)
+
+    def _decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
+        """Pictures of raw latents, by tiles where tiling is on and the latents are larger than a tile."""
+        if self.use_tiling and max(z.shape[-2:]) > self.tile_latent_min_size:
+            return self.tiled_decode(z, return_dict=return_dict)
+        x = self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
+        return DecoderOutput(sample=x) if return_dict else (x,)
+
+    def forward(
+        self,
+        sample: Tensor,
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> DecoderOutput | tuple[Tensor]:
+        """Return the reconstruction of images, through the posterior's mode or a sample of it.
+
+        Args:
+            sample: Images (B, in_channels, H, W) in [-1, 1]. The name is diffusers'.
+            sample_posterior: Draw z from the posterior instead of taking its mode.
+            return_dict: False for a plain tuple.
+            generator: Source of the draw.
+        """
+        (posterior,) = self.encode(sample, return_dict=False)
+        z = posterior.sample(generator) if sample_posterior else posterior.mode()
+        return self.decode(z, return_dict=return_dict)
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> "AutoencoderKL":
+        """Return a model with random weights in the architecture of a preset: sd1, sdxl, sd3, flux, mini.
+
+        Args:
+            name: Preset.
+            overrides: Fields of `VAEConfig` that differ from it, such as `block_out_channels`.
+
+        Raises:
+            UserError: Unknown preset or field, or a config that breaks a rule.
+        """
+        config = VAEConfig.from_dict(VAEConfig.from_preset(name).to_dict() | overrides, source=f"preset {name}")
+        return cls(**config.to_dict())
+
+    @classmethod
+    def from_diffusers(cls, vae: DiffusersAutoencoderKL) -> "AutoencoderKL":
+        """Return this class around the weights of a diffusers VAE: shared, not copied, same device and dtype."""
+        return _rebuild(cls, vae)
+
+    def to_diffusers(self) -> DiffusersAutoencoderKL:
+        """Return a plain diffusers VAE around these weights: shared, not copied, same device and dtype."""
+        return _rebuild(DiffusersAutoencoderKL, self)
+
+
+def _rebuild(cls: type[Any], vae: DiffusersAutoencoderKL) -> Any:
+    """`vae` as an instance of `cls`, holding the very same parameters."""
+    with torch.device("meta"):
+        twin = cls.from_config(vae.config)
+    for name, parameter in vae.named_parameters():
+        # A projection fused by `fuse_qkv_projections` repeats q, k and v, which the twin has apart.
+        if ".to_qkv." not in name:
+            module_name, _, leaf = name.rpartition(".")
+            twin.get_submodule(module_name).register_parameter(leaf, parameter)
+    return twin.train(vae.training)

@@ -1,0 +1,1 @@
+"""Checkpoints in every layout that people have: read, write, convert."""

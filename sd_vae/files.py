@@ -1,0 +1,156 @@
+"""Writing files so that nothing half-written ever has its final name.
+
+A file goes to a temporary name in the same folder, is flushed to disk, then renamed; a folder is built beside its final
+place and moved there in one step.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sd_vae.errors import UserError
+
+__all__ = ["atomic_file", "atomic_folder", "read_json", "require_writable_target", "write_json", "write_text"]
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path in the folder of `path`; on success it becomes `path`, on any exception it is removed.
+
+    Raises:
+        UserError: The folder cannot be made or written, or the disk is full.
+    """
+    path = Path(path)
+    with _as_user_error("write", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+    temporary = Path(name)
+    try:
+        with _as_user_error("write", path):
+            yield temporary
+            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes 0600
+            _sync(temporary)
+            os.replace(temporary, path)
+            _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield an empty temporary folder beside `path`; on success it becomes `path`, on any exception it is removed.
+
+    Args:
+        path: Final folder.
+        overwrite: Replace a folder that is there; it stays in place until the new one is complete.
+
+    Raises:
+        UserError: `path` exists and `overwrite` is off, its parent cannot be written, or the disk is full.
+    """
+    path = Path(path)
+    require_writable_target(path, overwrite=overwrite)
+    with _as_user_error("write", path):
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        with _as_user_error("write", path):
+            yield temporary
+            os.chmod(temporary, 0o777 & ~_umask())
+            for item in sorted(temporary.rglob("*"), reverse=True):
+                _sync(item)
+            _sync(temporary)
+            if path.is_dir():
+                old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+                os.replace(path, old / path.name)
+                os.replace(temporary, path)
+                shutil.rmtree(old)
+            else:
+                os.replace(temporary, path)
+            _sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def require_writable_target(path: Path, *, overwrite: bool = False) -> None:
+    """Check that an output may be made at `path`, and make its parent folder.
+
+    An empty folder counts as absent.
+
+    Raises:
+        UserError: Something is there and `overwrite` is off, or the parent cannot be made or written.
+    """
+    path = Path(path)
+    with _as_user_error("write", path):
+        is_taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
+        if is_taken and not overwrite:
+            raise UserError(f"{path} exists; choose another place or pass --overwrite to replace it.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path.parent} is not writable; choose another place or change its permissions.")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON, whole or not at all; NaN and infinity become null, which every reader takes."""
+    write_text(path, json.dumps(_finite(value), indent=2, sort_keys=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Return the value in a JSON file.
+
+    Raises:
+        UserError: The file is missing, unreadable or not JSON.
+    """
+    with _as_user_error("read", path):
+        text = Path(path).read_text(encoding="utf-8", errors="replace")
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); restore it or make it anew.") from None
+
+
+@contextmanager
+def _as_user_error(verb: str, path: Path) -> Iterator[None]:
+    """Turn an error of the file system into one line that names the path and the reason."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"cannot {verb} {path}: {reason}; check the path, its permissions and the disk.") from error
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if abs(value) < float("inf") else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync(path: Path) -> None:
+    """Flush a file, or on POSIX a folder's entries, to disk."""
+    if path.is_dir() and os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,1 @@
+"""Train an autoencoder: `training.train(config)`."""
