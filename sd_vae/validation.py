@@ -1,6 +1,6 @@
-"""Plain values (JSON, YAML) to frozen dataclasses, strictly.
+"""Plain values (JSON, YAML) to frozen dataclasses, strictly: pydantic finds the problems, this names them for a reader.
 
-pydantic finds the problems, this names them for a reader. Every problem is reported at once: unknown keys with the nearest known one, wrong types with their path, and broken
+Every problem is reported at once: unknown keys with the nearest known one, wrong types with their path, and broken
 rules that a dataclass raises in `__post_init__`.
 """
 
