@@ -15,7 +15,7 @@ from typing import Any
 
 from sd_vae.errors import UserError
 
-__all__ = ["atomic_file", "atomic_folder", "read_json", "require_writable_target", "write_json", "write_text"]
+__all__ = ["atomic_file", "atomic_folder", "read_json", "read_text", "require_writable_target", "write_json", "write_text"]
 
 
 @contextmanager
@@ -105,16 +105,24 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(_finite(value), indent=2, sort_keys=False, allow_nan=False) + "\n")
 
 
+def read_text(path: Path) -> str:
+    """Return the text of a file.
+
+    Raises:
+        UserError: The file is missing or unreadable.
+    """
+    with _as_user_error("read", path):
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+
+
 def read_json(path: Path) -> Any:
     """Return the value in a JSON file.
 
     Raises:
         UserError: The file is missing, unreadable or not JSON.
     """
-    with _as_user_error("read", path):
-        text = Path(path).read_text(encoding="utf-8", errors="replace")
     try:
-        return json.loads(text)
+        return json.loads(read_text(path))
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}); restore it or make it anew.") from None
 

@@ -1,0 +1,212 @@
+"""What a training run is, as data: frozen dataclasses, a YAML recipe that fills them, and the recipes that ship.
+
+Nothing here imports torch, so `sd-vae train --help` is quick. A recipe is a YAML file with the fields below; unknown keys
+and wrong types are reported together, with the nearest known key.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from sd_vae.config import PRESETS
+from sd_vae.data.config import DataConfig
+from sd_vae.errors import UserError
+from sd_vae.files import read_text, write_text
+from sd_vae.losses.config import LossConfig
+from sd_vae.validation import STRICT, from_plain
+
+__all__ = ["REQUIRED", "ModelConfig", "OptimConfig", "TrainConfig", "load_recipe", "save_recipe"]
+
+RECIPES = Path(__file__).parent / "recipes"
+
+REQUIRED = "(required)"
+"""Stands in a recipe for what only the user knows; a run refuses to start with it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The network that is trained and which parts of it move."""
+
+    __pydantic_config__ = STRICT
+
+    preset: str = "sd1"
+    """Architecture with random weights: sd1, sdxl, sd3, flux or mini. Not used with `pretrained`."""
+    pretrained: str | None = None
+    """Weights to start from: folder, file or hub id, in any layout that `sd_vae.load_vae` reads."""
+    trainable: Literal["all", "decoder"] = "all"
+    """`decoder` freezes encoder and quant_conv, so that latents stay those of the weights it started from."""
+    scaling_factor: Literal["auto", "keep"] = "auto"
+    """`auto` measures it on training photos after training from random weights, and else keeps it; `keep` keeps it."""
+    gradient_checkpointing: bool = False
+    """Recompute blocks in the backward pass: less memory, about a quarter more time."""
+    channels_last: bool = True
+    """Store feature maps as (B, H, W, C) in memory: faster convolutions, same numbers up to rounding."""
+
+    def __post_init__(self) -> None:
+        """Check the preset's name.
+
+        Raises:
+            UserError: No such preset.
+        """
+        if self.preset not in PRESETS:
+            raise UserError(f"model.preset is {self.preset!r}, choose one of: {', '.join(PRESETS)}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW, its learning rate over the steps, and clipping."""
+
+    __pydantic_config__ = STRICT
+
+    lr: float = 1e-4
+    """Learning rate after warm-up."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of Adam's two moments."""
+    eps: float = 1e-8
+    """Added to Adam's denominator."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate after warm-up: constant, or down to 0 along a half cosine at the last step."""
+    warmup_steps: int = 0
+    """Optimizer steps over which the learning rate rises from 0."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0 leaves them alone."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            UserError: Lists every value out of range.
+        """
+        problems = []
+        if not self.lr > 0:
+            problems.append(f"optim.lr is {self.lr}, it must be above 0")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            problems.append(f"optim.betas is {list(self.betas)}, both must be in [0, 1)")
+        for name in ("weight_decay", "warmup_steps", "max_grad_norm"):
+            if getattr(self, name) < 0:
+                problems.append(f"optim.{name} is {getattr(self, name)}, it must not be negative")
+        if not self.eps > 0:
+            problems.append(f"optim.eps is {self.eps}, it must be above 0")
+        if problems:
+            raise UserError("; ".join(problems) + ".")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that decides a run's result, and nothing else."""
+
+    __pydantic_config__ = STRICT
+
+    out: str
+    """Run folder; must not exist yet."""
+    steps: int
+    """Optimizer steps."""
+    batch_size: int
+    """Pictures a step and device, before accumulation."""
+    seed: int = 0
+    """Initial weights, data order, crops, flips and posterior noise are functions of it."""
+    gradient_accumulation_steps: int = 1
+    """Batches whose gradients are averaged into one optimizer step."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """Autocast for the forward pass; weights, optimizer and losses stay in fp32."""
+    ema_decay: float = 0.0
+    """Decay of the averaged weights that are validated and saved; 0 keeps none. Early steps average over fewer."""
+    log_every: int = 10
+    """Optimizer steps between rows of metrics.jsonl."""
+    validate_every: int = 1000
+    """Optimizer steps between validations; the last step always validates. Needs data.validation."""
+    checkpoint_every: int = 1000
+    """Optimizer steps between checkpoints; the last step always writes one."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept."""
+    num_validation_images: int = 8
+    """Validation photos, the first by name, used every time."""
+    tensorboard: bool = True
+    """Also write TensorBoard events into the run folder."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            UserError: Lists every value out of range.
+        """
+        problems = []
+        counts = ("steps", "batch_size", "gradient_accumulation_steps", "log_every", "validate_every")
+        for name in (*counts, "checkpoint_every", "keep_checkpoints", "num_validation_images"):
+            if getattr(self, name) < 1:
+                problems.append(f"{name} is {getattr(self, name)}, it must be at least 1")
+        if not 0 <= self.ema_decay < 1:
+            problems.append(f"ema_decay is {self.ema_decay}, it must be in [0, 1)")
+        if self.seed < 0:
+            problems.append(f"seed is {self.seed}, it must not be negative")
+        if problems:
+            raise UserError("; ".join(problems) + ".")
+
+    def require_complete(self) -> None:
+        """Check that nothing is left to fill in.
+
+        Raises:
+            UserError: A required field still has its placeholder.
+        """
+        missing = [name for name, value in (("out", self.out), ("data.train", self.data.train)) if value == REQUIRED]
+        if missing:
+            options = " and ".join(f"--{name} VALUE" for name in missing)
+            raise UserError(f"{' and '.join(missing)} must be given; set it in the recipe or add {options}.")
+
+
+def load_recipe(recipe: str | Path) -> TrainConfig:
+    """Return the config of a recipe: a YAML file, or the name of one that ships (`demo`, `from_scratch`, ...).
+
+    Raises:
+        UserError: No such recipe, not YAML, unknown keys, wrong types or values out of range, all in one line.
+    """
+    path = Path(recipe)
+    shipped = {entry.stem: entry for entry in sorted(RECIPES.glob("*.yaml"))}
+    if not path.exists() and str(recipe) in shipped:
+        path = shipped[str(recipe)]
+    if not path.exists():
+        raise UserError(f"there is no recipe {recipe}; give a YAML file or one of: {', '.join(shipped)}.")
+    try:
+        values = yaml.load(read_text(path), Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(values, Mapping):
+        raise UserError(f"{path} holds {type(values).__name__}, a recipe is a mapping of fields; see training/recipes.")
+    values = {"out": REQUIRED} | dict(values)
+    if isinstance(values.get("data", {}), Mapping):
+        values["data"] = {"train": REQUIRED} | dict(values.get("data", {}))
+    return from_plain(TrainConfig, values, source=str(path))
+
+
+def save_recipe(config: TrainConfig, path: Path) -> None:
+    """Write a config as a YAML recipe that `load_recipe` reads back equal."""
+    write_text(path, yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False))
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, since YAML has no tuples."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader that reads 1e-6 as a number, as YAML 1.2 does; PyYAML alone makes it a string."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
