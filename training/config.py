@@ -1,7 +1,7 @@
 """What a training run is, as data: frozen dataclasses, a YAML recipe that fills them, and the recipes that ship.
 
-Nothing here imports torch, so `sd-vae train --help` is quick. A recipe is a YAML file with the fields below; unknown keys
-and wrong types are reported together, with the nearest known key.
+Nothing here imports torch, so `sd-vae train --help` is quick. A recipe is a YAML file with the fields below; unknown
+keys and wrong types are reported together, with the nearest known key.
 """
 
 import dataclasses
@@ -178,7 +178,7 @@ def load_recipe(recipe: str | Path) -> TrainConfig:
     if not path.exists():
         raise UserError(f"there is no recipe {recipe}; give a YAML file or one of: {', '.join(shipped)}.")
     try:
-        values = yaml.load(read_text(path), Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        values = yaml.load(read_text(path), Loader=_Loader)
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(values, Mapping):

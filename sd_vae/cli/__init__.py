@@ -35,8 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted.", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(str(interrupt) or "interrupted.", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output left, as `| head` does
         sys.stderr.close()

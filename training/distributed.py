@@ -1,0 +1,66 @@
+"""The only place that configures Accelerate, and the signals that end a run politely."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from sd_vae.errors import UserError
+
+from .config import TrainConfig
+
+__all__ = ["StopRequest", "build_accelerator", "stop_on_signals"]
+
+
+def build_accelerator(config: TrainConfig) -> Accelerator:
+    """Return the process's Accelerator: devices and processes as the launcher says, precision as the config says.
+
+    Raises:
+        UserError: fp16 without a GPU, whose gradients it could not scale.
+    """
+    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("mixed_precision is fp16, which needs a GPU; choose bf16 or no.")
+    AcceleratorState._reset_state()  # a second run in one process may choose another precision
+    return Accelerator(
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+    )
+
+
+class StopRequest:
+    """Whether a signal has asked the run to save and stop."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Yield a flag that the first SIGINT or SIGTERM sets; a second SIGINT interrupts at once.
+
+    The handlers that were there come back at the end. Off the main thread, where Python allows none, nothing is set.
+    """
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if request and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        request.signal = signal.Signals(number)
+
+    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,96 @@
+"""What a run writes for people to read: metrics.jsonl, TensorBoard events, the model card."""
+
+import json
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from sd_vae.files import read_text, write_text
+
+from .config import TrainConfig
+
+__all__ = ["MetricsLog", "model_card", "read_metrics", "versions"]
+
+
+class MetricsLog:
+    """Rows of numbers by step, to `metrics.jsonl` and, where asked, TensorBoard.
+
+    Args:
+        folder: Run folder.
+        step: Rows after this step are cut off: a resumed run writes them again.
+        tensorboard: Also write events to `tensorboard/`.
+    """
+
+    def __init__(self, folder: Path, *, step: int, tensorboard: bool) -> None:
+        self.path = folder / "metrics.jsonl"
+        rows = [row for row in read_metrics(self.path) if row["step"] <= step] if self.path.exists() else []
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+        self._writer: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Append one row and flush it."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Finish the events file."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Return the rows of a `metrics.jsonl`; a last line that a crash cut off is left out."""
+    rows = []
+    for line in read_text(path).splitlines():
+        if line.endswith("}"):
+            rows.append(json.loads(line))
+    return rows
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what decides a run's numbers."""
+    packages = ("sd-vae", "torch", "diffusers", "accelerate", "datasets", "lpips", "torchmetrics", "pillow")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+
+
+def model_card(config: TrainConfig, results: Mapping[str, Any]) -> str:
+    """Return the README.md of a trained VAE: what it is, how to load it, how it was made, its numbers."""
+    start = config.model.pretrained or f"random weights of preset `{config.model.preset}`"
+    losses = [config.loss.reconstruction.upper()]
+    if config.loss.perceptual.weight:
+        losses.append(f"{config.loss.perceptual.weight:g} x {config.loss.perceptual.net}")
+    losses.append(f"{config.loss.kl.weight:g} x KL ({config.loss.kl.convention})")
+    validation = results.get("validation") or {}
+    numbers = "\n".join(f"| {name} | {value:.5g} |" for name, value in validation.items())
+    table = f"| validation | value |\n|---|---|\n{numbers}\n" if numbers else "No validation photos were given.\n"
+    return f"""---
+library_name: diffusers
+tags: [vae, stable-diffusion, autoencoder]
+---
+# KL autoencoder trained with sd-vae
+
+```python
+from diffusers import AutoencoderKL
+
+vae = AutoencoderKL.from_pretrained("path/to/this/folder")
+```
+
+- Started from: {start}; trained: {config.model.trainable}
+- Data: `{config.data.train}`, {config.data.size}x{config.data.size} crops
+- Loss: {" + ".join(losses)}
+- {results["step"]} optimizer steps, {results["samples"]} pictures seen, seed {config.seed}
+- Weights: {"exponential moving average, decay " + format(config.ema_decay, "g") if config.ema_decay else "last step"}
+- Scaling factor {results["scaling_factor"]:.5g} ({results["scaling_factor_source"]})
+
+{table}
+The recipe and the software versions are in the metadata of the safetensors file.
+"""

@@ -1,0 +1,64 @@
+"""Looking at a VAE on photos: fixed validation photos with metrics and a picture, and the scale of its latents.
+
+Shapes: B batch, C latent channels, h w latent cells.
+"""
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchmetrics.functional.image import peak_signal_noise_ratio
+
+from sd_vae.autoencoder import AutoencoderKL
+from sd_vae.data import ImageSource, center_crop
+from sd_vae.images import to_pil
+from sd_vae.losses import Objective
+
+__all__ = ["estimate_scaling_factor", "load_photos", "validate"]
+
+
+def load_photos(source: ImageSource, num_images: int, size: int) -> Tensor:
+    """Return the first photos of a source, resized and centre-cropped, (N, 3, size, size) in [-1, 1]."""
+    count = min(num_images, len(source))
+    return torch.stack([center_crop(source.load(index), size) for index in range(count)])
+
+
+@torch.no_grad()
+def validate(
+    vae: AutoencoderKL, objective: Objective, photos: Tensor, device: torch.device
+) -> tuple[dict[str, float], Image.Image]:
+    """Return metrics of the posterior mode's reconstruction, means over photos, and a picture.
+
+    The picture shows the photos above their reconstructions. Metrics: `psnr_db` (per photo, range 2, higher is better)
+    and the objective's terms. Photos run one at a time, so memory does not depend on their number.
+    """
+    sums: dict[str, float] = {}
+    recons = []
+    for photo in photos.split(1):
+        x = photo.to(device)
+        posterior = vae.encode(x).latent_dist
+        recon = vae.decode(posterior.mode()).sample
+        values = {"psnr_db": peak_signal_noise_ratio(recon.clamp(-1, 1), x, data_range=2.0)}
+        values |= objective(x, recon, posterior).terms
+        for name, value in values.items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+        recons.append(recon.cpu())
+    rows = [torch.cat([*photos.split(1)], dim=3), torch.cat(recons, dim=3)]
+    return {name: total / len(photos) for name, total in sums.items()}, to_pil(torch.cat(rows, dim=2))
+
+
+@torch.no_grad()
+def estimate_scaling_factor(vae: AutoencoderKL, photos: Tensor, device: torch.device) -> float:
+    """Return 1 / standard deviation of all posterior means of photos, pooled, which gives the latents unit variance.
+
+    Source: Rombach et al., arXiv 2112.10752, appendix G.
+    """
+    means = [vae.encode(photo.to(device)).latent_dist.mean.double().cpu() for photo in photos.split(1)]
+    return 1.0 / float(torch.cat(means).std())
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path)
