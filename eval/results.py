@@ -1,0 +1,134 @@
+"""What an evaluation found: rows of numbers, JSON-able and equal on every run; apart from them pictures and time.
+
+A row is one way to reconstruct: a VAE, or a box average of the photos as a yardstick.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from .metrics import LatentStats, LatentSums, Metric
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["Evaluation", "PhotoResult", "PhotoSize", "ReconPictures", "Row", "Speed", "photo_means"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhotoSize:
+    """A photo as it was evaluated."""
+
+    name: str
+    """Its name, unique in the evaluation."""
+    width: int
+    """Pixels, after any resize."""
+    height: int
+    """Pixels, after any resize."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhotoResult:
+    """One photo through one way of reconstruction."""
+
+    name: str
+    """The photo's name."""
+    metrics: Mapping[str, float]
+    """Metric name to value."""
+    latent_shape: tuple[int, ...] | None
+    """(C, h, w) of its latents; None where there are none."""
+    latents: LatentSums | None
+    """What it adds to the row's latent statistics; None where there are no latents."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One way of reconstruction over all photos."""
+
+    name: str
+    """The model's name, or `32x32 box average`."""
+    kind: Literal["vae", "box_average"]
+    """What it is."""
+    means: Mapping[str, float]
+    """Metric name to its mean over photos."""
+    latents: LatentStats | None
+    """Statistics of its raw latents, pooled over photos; None where there are none."""
+    photos: tuple[PhotoResult, ...]
+    """Its photos, in the order of the evaluation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconPictures:
+    """One photo through one way of reconstruction, to look at."""
+
+    original: Image.Image
+    """The photo as it was evaluated."""
+    recon: Image.Image
+    """Its reconstruction."""
+    error: Image.Image
+    """Heat map of the difference, see `eval.pictures.error_map`."""
+    latent_channels: Image.Image | None
+    """Each latent channel as a grey tile, side by side; None where there are no latents."""
+    latent_colours: Image.Image | None
+    """Three principal components of the latents as RGB; None below four channels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """How long one row took, encoding and decoding one photo at a time; measured, so different on every run."""
+
+    seconds: float
+    """Wall time over all photos."""
+    photos_per_s: float
+    """Photos a second."""
+    megapixels_per_s: float
+    """Million pixels a second."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Everything one call of `evaluate` found."""
+
+    size: int | None
+    """Side that photos were cropped and resized to; None where they kept their size."""
+    metrics: Mapping[str, Metric]
+    """The metrics of every row, in the order of the columns."""
+    photos: tuple[PhotoSize, ...]
+    """What was evaluated."""
+    rows: tuple[Row, ...]
+    """Models in the order given, then baselines."""
+    pictures: Mapping[str, Mapping[str, ReconPictures]] = field(default_factory=dict, repr=False)
+    """Photo name to row name to pictures, for the first photos only."""
+    speed: Mapping[str, Speed] = field(default_factory=dict)
+    """Model name to how long it took."""
+
+    def row(self, name: str) -> Row:
+        """Return the row of a name; KeyError where there is none."""
+        return {row.name: row for row in self.rows}[name]
+
+    def best(self, metric: str) -> set[str]:
+        """Return the names of the rows that are best in a metric, empty where it has no direction or one row only."""
+        higher = self.metrics[metric].higher_is_better
+        if higher is None or len(self.rows) < 2:
+            return set()
+        values = {row.name: row.means[metric] for row in self.rows}
+        wanted = (max if higher else min)(values.values())
+        return {name for name, value in values.items() if value == wanted}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the numbers as plain values for JSON, without pictures and without what was timed."""
+        plain = dataclasses.asdict(dataclasses.replace(self, pictures={}, speed={}))
+        del plain["pictures"], plain["speed"]
+        for row in plain["rows"]:
+            for photo in row["photos"]:
+                del photo["latents"]
+        return plain
+
+
+def photo_means(photos: tuple[PhotoResult, ...]) -> dict[str, float]:
+    """Return each metric's mean over photos, the same to the last bit in whatever order they come."""
+    return {name: math.fsum(photo.metrics[name] for photo in photos) / len(photos) for name in photos[0].metrics}
