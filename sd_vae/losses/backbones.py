@@ -3,21 +3,25 @@
 There is no fourth way: a perceptual term never runs on random weights.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
 
 from sd_vae.errors import UserError
 
-if TYPE_CHECKING:
-    from torch import Tensor
+__all__ = ["BACKBONES", "Backbone", "find_backbone", "load_backbone_"]
 
-__all__ = ["BACKBONES", "Backbone", "read_backbone"]
+
+MAX_LISTED = 6
+"""Tensors named in an error."""
 
 
 @dataclass(frozen=True)
@@ -52,40 +56,74 @@ BACKBONES = {
 """LPIPS' name of a network to the checkpoint it was calibrated on."""
 
 
-def read_backbone(net: str, path: str | None = None) -> dict[str, Tensor]:
-    """Return the convolutional features of a network under torchvision's names, `features.*`, in fp32.
+def find_backbone(net: str, path: str | None = None) -> Path:
+    """Return the checkpoint of a network, whole and undamaged as far as its name tells.
 
     Args:
         net: vgg, alex or squeeze.
-        path: Checkpoint, .pth or .safetensors, whole or features only; None for the torch hub cache, into which it is
-            downloaded if it is not there (never with HF_HUB_OFFLINE=1).
+        path: Where it is; None for the torch hub cache, into which it is downloaded if it is not there (never with
+            HF_HUB_OFFLINE=1).
 
     Raises:
-        UserError: Nothing there and no download possible, a damaged file, or one that holds something else.
+        UserError: Nothing there and no download possible, or not the hash that its name promises.
     """
-    file = Path(path) if path is not None else _find_in_cache(net)
-    _require_intact(file)
-    return _features(_read_tensors(file), file)
+    file = _find_in_cache(net) if path is None else Path(path)
+    if not file.is_file():
+        raise UserError(f"there is no LPIPS backbone {file}; check perceptual.backbone.")
+    prefix = _promised_hash(file)
+    if prefix is not None and not (digest := _sha256(file)).startswith(prefix):
+        raise UserError(f"{file} is damaged: its sha256 is {digest}, its name promises {prefix}...; fetch it again.")
+    return file
+
+
+def load_backbone_(net: nn.Module, file: Path) -> None:
+    """Copy the features of a torchvision checkpoint into a network of the `lpips` package, strictly.
+
+    Args:
+        net: The package's network; its `slice2.5.weight` is torchvision's `features.5.weight`.
+        file: Checkpoint, .pth or .safetensors, whole or features only (with or without `features.` in the names).
+
+    Raises:
+        UserError: Unreadable, of another network, or not finite; lists the tensors at fault.
+    """
+    features = _features(_read_tensors(file))
+    sources = {key: "features." + key.partition(".")[2] for key in net.state_dict()}
+    wanted = {sources[key]: tensor.shape for key, tensor in net.state_dict().items()}
+    problems = [f"{name} is missing" for name in wanted if name not in features]
+    for name, tensor in features.items():
+        if name not in wanted:
+            problems.append(f"{name} is unexpected")
+        elif not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            problems.append(f"{name} is no float tensor")
+        elif tensor.shape != wanted[name]:
+            problems.append(f"{name} is {tuple(tensor.shape)} instead of {tuple(wanted[name])}")
+        elif not tensor.isfinite().all():
+            problems.append(f"{name} holds NaN or infinity")
+    if problems:
+        listed = "; ".join(problems[:MAX_LISTED]) + ("; ..." if len(problems) > MAX_LISTED else "")
+        raise UserError(
+            f"{file} does not hold the features of LPIPS' {type(net).__name__} ({len(problems)} problems: {listed}); "
+            "choose the torchvision checkpoint of that network."
+        )
+    net.load_state_dict({key: features[name] for key, name in sources.items()})
 
 
 def _find_in_cache(net: str) -> Path:
     """The checkpoint in the torch hub cache, downloaded if it is not there."""
-    import torch
-
     backbone = BACKBONES[net]
     file = Path(torch.hub.get_dir()) / "checkpoints" / backbone.file_name
     if file.is_file():
         return file
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
-        raise _missing(net, file, "HF_HUB_OFFLINE is set")
+        raise _missing(net, file, "HF_HUB_OFFLINE forbids to download it")
     from torchvision.models import get_weight
 
     url = get_weight(backbone.weights).url
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(file), hash_prefix=_hash_prefix(file))
-    except (OSError, RuntimeError) as error:  # no route, refused, full disk; a wrong hash is a RuntimeError
-        raise _missing(net, file, f"downloading {url} failed: {error}") from error
+        torch.hub.download_url_to_file(url, str(file), hash_prefix=_promised_hash(file))
+    except (OSError, RuntimeError) as error:  # no route, refused, disk full; a wrong hash is a RuntimeError
+        raise _missing(net, file, f"downloading {url} failed ({error})") from error
     return file
 
 
@@ -94,26 +132,14 @@ def _missing(net: str, file: Path, why: str) -> UserError:
     return UserError(
         f"LPIPS {net} needs torchvision's {backbone.file_name} (sha256 {backbone.sha256}), which is not in "
         f"{file.parent}, and {why}; copy it there, or set perceptual.backbone to a copy of it (features only will do), "
-        "or run once on a machine with internet access; perceptual.net ms_ssim needs no file."
+        "or run once where the internet can be reached. perceptual.net ms_ssim needs no file."
     )
 
 
-def _hash_prefix(file: Path) -> str | None:
-    """The first eight digits of the sha256 where the name promises them, as torchvision's names do."""
-    promised = {backbone.file_name: backbone.sha256[:8] for backbone in BACKBONES.values()}
-    return promised.get(file.name)
-
-
-def _require_intact(file: Path) -> None:
-    """Check a file under torchvision's name against the hash in that name."""
-    if not file.is_file():
-        raise UserError(f"there is no LPIPS backbone {file}; check perceptual.backbone.")
-    prefix = _hash_prefix(file)
-    if prefix is None:
-        return
-    digest = _sha256(file)
-    if not digest.startswith(prefix):
-        raise UserError(f"{file} is damaged: its sha256 is {digest}, its name promises {prefix}...; fetch it again.")
+def _promised_hash(file: Path) -> str | None:
+    """The first eight digits of the sha256 where the name ends with them, as torchvision's names do."""
+    promises = {backbone.file_name: backbone.sha256[:8] for backbone in BACKBONES.values()}
+    return promises.get(file.name)
 
 
 def _sha256(file: Path) -> str:
@@ -125,33 +151,21 @@ def _sha256(file: Path) -> str:
 
 
 def _read_tensors(file: Path) -> dict[str, Any]:
-    """All tensors of a checkpoint; code in a pickle is never run."""
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
+    """What a checkpoint holds, by name; code in a pickle is never run."""
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
         content = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, SafetensorError) as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(f"cannot read the LPIPS backbone {file}: {reason}; fetch it again.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} holds a {type(content).__name__}, not a dictionary of tensors; choose a state dict.")
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"cannot read the LPIPS backbone {file} ({reason}); fetch it again.") from error
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise UserError(f"{file} holds no tensors by name; choose a torchvision checkpoint (a state dict).")
     return content
 
 
-def _features(content: dict[str, Any], file: Path) -> dict[str, Tensor]:
-    """The features among a checkpoint's tensors, finite and in fp32."""
-    import torch
-
-    bare = not any(key.startswith("features.") for key in content)
-    found = {f"features.{key}" if bare else key: value for key, value in content.items()}
-    found = {key: value for key, value in found.items() if not key.startswith("classifier.")}
-    for key, value in found.items():
-        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-            raise UserError(f"{file} holds no float tensor at {key}; choose a torchvision checkpoint.")
-        if not value.isfinite().all():
-            raise UserError(f"{key} in {file} holds values that are not finite; fetch the file again.")
-    return {key: value.float() for key, value in found.items()}
+def _features(content: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint holds of the features, under torchvision's names; the classifier is left out."""
+    if not any(name.startswith("features.") for name in content):
+        return {f"features.{name}": tensor for name, tensor in content.items()}
+    return {name: tensor for name, tensor in content.items() if not name.startswith("classifier.")}

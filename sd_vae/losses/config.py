@@ -22,7 +22,7 @@ class PerceptualConfig:
     net: Literal["vgg", "alex", "squeeze", "ms_ssim"] = "vgg"
     """LPIPS v0.1 on that network (published SD recipes use vgg), or ms_ssim, which needs no downloaded weights."""
     weight: float = 1.0
-    """Factor beside the mean pixel term: 1 is Stable Diffusion's, 0.1 that of ft-MSE; 0 neither builds nor downloads."""
+    """Factor beside the mean pixel term: 1 is Stable Diffusion's, 0.1 that of ft-MSE; 0 builds no network."""
     backbone: str | None = None
     """File with the torchvision weights of that network, .pth or .safetensors, whole or features only; by default the
     one in the torch hub cache, downloaded if it is not there."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sd_vae.errors import UserError
-from sd_vae.losses.backbones import read_backbone
+from sd_vae.losses.backbones import find_backbone, load_backbone_
 from sd_vae.losses.config import PerceptualConfig
 from sd_vae.losses.reconstruction import require_same_shape
 
@@ -102,11 +102,11 @@ class LPIPS(Perceptual):
 
     def __init__(self, net: str, backbone: str | None = None) -> None:
         super().__init__()
-        weights = read_backbone(net, backbone)
+        file = find_backbone(net, backbone)
         self.name = f"lpips_{net}"
         self.min_size = MIN_LPIPS_SIZE[net]
         self.model = _build_lpips(net)
-        load_backbone_(self.model.net, weights)
+        load_backbone_(self.model.net, file)
         self.model.requires_grad_(False)
         self.eval()
 
@@ -148,30 +148,6 @@ class MultiScaleSSIM(Perceptual):
         exponents = tuple(exponent / sum(MS_SSIM_EXPONENTS) for exponent in MS_SSIM_EXPONENTS)
         similarity = ms_ssim(recon, x, data_range=2.0, betas=exponents, normalize="relu", reduction="none")
         return 1.0 - similarity
-
-
-def load_backbone_(net: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Copy torchvision's features into a network of the `lpips` package, strictly.
-
-    Args:
-        net: The package's network; its `slice2.5.weight` is torchvision's `features.5.weight`.
-        weights: Tensors under torchvision's names.
-
-    Raises:
-        UserError: Lists tensors that are missing, unexpected or of another shape.
-    """
-    names = {key: "features." + key.split(".", 1)[1] for key in net.state_dict()}
-    wanted = {names[key]: value.shape for key, value in net.state_dict().items()}
-    problems = [f"{name} is missing" for name in wanted if name not in weights]
-    problems += [f"{name} is unexpected" for name in weights if name not in wanted]
-    problems += [
-        f"{name} has shape {tuple(weights[name].shape)}, not {tuple(shape)}"
-        for name, shape in wanted.items()
-        if name in weights and weights[name].shape != shape
-    ]
-    if problems:
-        raise UserError(f"not the features of this network: {'; '.join(problems[:6])}; choose the matching file.")
-    net.load_state_dict({key: weights[name] for key, name in names.items()})
 
 
 def _build_lpips(net: str) -> Any:
