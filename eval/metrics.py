@@ -43,6 +43,8 @@ class Metric:
     """None where neither direction is better."""
     digits: int
     """Decimals in tables."""
+    about: str
+    """What it is, in a sentence."""
 
     @property
     def heading(self) -> str:
@@ -58,19 +60,44 @@ class Metric:
 
 
 METRICS: dict[str, Metric] = {
-    "psnr_db": Metric(label="PSNR", unit="dB", higher_is_better=True, digits=2),
-    "ssim": Metric(label="SSIM", higher_is_better=True, digits=4),
-    "kl_per_element": Metric(label="KL per latent element", unit="nats", digits=3),
-    "latent_mean": Metric(label="Latent mean", digits=4),
-    "latent_std": Metric(label="Latent std", digits=4),
-    "scaling_factor": Metric(label="Estimated scaling factor", digits=5),
+    "psnr_db": Metric(
+        label="PSNR",
+        unit="dB",
+        higher_is_better=True,
+        digits=2,
+        about="Peak signal-to-noise ratio of 8-bit RGB, 10 log10(255² / mean squared error); mean of the photos' own.",
+    ),
+    "ssim": Metric(
+        label="SSIM",
+        higher_is_better=True,
+        digits=4,
+        about="Structural similarity of 8-bit RGB, Gaussian window of 11 pixels (sigma 1.5), mean over channels.",
+    ),
+    "kl_per_element": Metric(
+        label="KL per element",
+        unit="nats",
+        digits=3,
+        about="KL divergence of the posterior from N(0, I), mean over latent elements.",
+    ),
+    "latent_mean": Metric(label="Latent mean", digits=4, about="Mean of the raw latents z."),
+    "latent_std": Metric(label="Latent std", digits=4, about="Standard deviation of the raw latents z."),
+    "scaling_factor": Metric(
+        label="Estimated scaling factor",
+        digits=5,
+        about="1 / standard deviation of the raw latents: the factor that gives latents unit variance.",
+    ),
 }
 """Every metric but the perceptual term, which brings its own name: see `perceptual_metric`."""
 
 
 def perceptual_metric(name: str) -> Metric:
     """Return the table entry of a perceptual distance, called by its own name."""
-    return Metric(label=name, higher_is_better=False, digits=4)
+    return Metric(
+        label=name,
+        higher_is_better=False,
+        digits=4,
+        about="Perceptual distance, of the 8-bit pictures; 0 for equal ones.",
+    )
 
 
 def psnr_db(recon: Image.Image, x: Image.Image) -> float:
