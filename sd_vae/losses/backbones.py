@@ -5,20 +5,17 @@ There is no fourth way: a perceptual term never runs on random weights.
 
 import hashlib
 import os
-import pickle
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
+from sd_vae.checkpoints.formats import open_weights
 from sd_vae.errors import UserError
 
 __all__ = ["BACKBONES", "Backbone", "find_backbone", "load_backbone_"]
-
 
 MAX_LISTED = 6
 """Tensors named in an error."""
@@ -86,26 +83,29 @@ def load_backbone_(net: nn.Module, file: Path) -> None:
     Raises:
         UserError: Unreadable, of another network, or not finite; lists the tensors at fault.
     """
-    features = _features(_read_tensors(file))
-    sources = {key: "features." + key.partition(".")[2] for key in net.state_dict()}
-    wanted = {sources[key]: tensor.shape for key, tensor in net.state_dict().items()}
-    problems = [f"{name} is missing" for name in wanted if name not in features]
-    for name, tensor in features.items():
-        if name not in wanted:
+    stored = open_weights(file)
+    features = _feature_names(stored.shapes)
+    targets = {"features." + key.partition(".")[2]: tensor for key, tensor in net.state_dict().items()}
+    problems = [f"{name} is missing" for name in targets if name not in features]
+    for name, stored_name in features.items():
+        if name not in targets:
             problems.append(f"{name} is unexpected")
-        elif not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-            problems.append(f"{name} is no float tensor")
-        elif tensor.shape != wanted[name]:
-            problems.append(f"{name} is {tuple(tensor.shape)} instead of {tuple(wanted[name])}")
+            continue
+        tensor, target = stored.read(stored_name), targets[name]
+        if tensor.shape != target.shape:
+            problems.append(f"{name} is {tuple(tensor.shape)} instead of {tuple(target.shape)}")
+        elif not tensor.is_floating_point():
+            problems.append(f"{name} is {str(tensor.dtype).removeprefix('torch.')}, not float")
         elif not tensor.isfinite().all():
             problems.append(f"{name} holds NaN or infinity")
+        else:
+            target.copy_(tensor)
     if problems:
         listed = "; ".join(problems[:MAX_LISTED]) + ("; ..." if len(problems) > MAX_LISTED else "")
         raise UserError(
             f"{file} does not hold the features of LPIPS' {type(net).__name__} ({len(problems)} problems: {listed}); "
             "choose the torchvision checkpoint of that network."
         )
-    net.load_state_dict({key: features[name] for key, name in sources.items()})
 
 
 def _find_in_cache(net: str) -> Path:
@@ -150,22 +150,9 @@ def _sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _read_tensors(file: Path) -> dict[str, Any]:
-    """What a checkpoint holds, by name; code in a pickle is never run."""
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, SafetensorError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"cannot read the LPIPS backbone {file} ({reason}); fetch it again.") from error
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise UserError(f"{file} holds no tensors by name; choose a torchvision checkpoint (a state dict).")
-    return content
-
-
-def _features(content: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint holds of the features, under torchvision's names; the classifier is left out."""
-    if not any(name.startswith("features.") for name in content):
-        return {f"features.{name}": tensor for name, tensor in content.items()}
-    return {name: tensor for name, tensor in content.items() if not name.startswith("classifier.")}
+def _feature_names(names: Iterable[str]) -> dict[str, str]:
+    """Torchvision's name of every feature tensor to its name in the file; the classifier is left out."""
+    names = list(names)
+    if not any(name.startswith("features.") for name in names):
+        return {f"features.{name}": name for name in names}
+    return {name: name for name in names if not name.startswith("classifier.")}
