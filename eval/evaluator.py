@@ -1,6 +1,6 @@
 """`evaluate`: photos through VAEs and back, measured as 8-bit pictures, beside box averages as a yardstick.
 
-The whole protocol is here. A photo becomes upright 8-bit RGB, is cropped and resized if a size is given, goes to
+The whole protocol is here. A photo becomes upright 8-bit RGB, is resized and cropped if a size is given, goes to
 [-1, 1], is padded by reflection to the model's factor, encoded to its posterior, decoded from the posterior's mode,
 cropped back, clamped and rounded to 8 bits. Then it is compared with the photo, one photo at a time in float64. Nothing
 is drawn at random, so the same photos and weights give the same numbers on the same machine.
@@ -57,8 +57,8 @@ def evaluate(
         vaes: Models by name, or a sequence of them, then called `model 1`, `model 2`, ...; each runs on its own device
             and in its own dtype, in eval mode, and is left in the mode it came in.
         data: A folder (searched below too), a file, a sequence of those, or named pictures.
-        size: Crop the central square of every photo and resize it (bicubic) to this side in pixels; None evaluates
-            photos as they are.
+        size: Resize the short side of every photo to this many pixels (bicubic) and keep the central square; None
+            evaluates photos as they are.
         perceptual: A perceptual distance to measure too, under its own name.
         box_blocks: Sides in pixels of block averages that stand as rows beside the models.
         max_pictures: How many photos' pictures to keep in the result.

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from sd_vae.errors import UserError
 from sd_vae.images import list_images, open_image, to_rgb
 
-__all__ = ["Photo", "list_photos", "load_photo"]
+__all__ = ["Photo", "find_files", "list_photos", "load_photo"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def list_photos(data: str | Path | Sequence[str | Path] | Mapping[str, Image.Ima
     if isinstance(data, Mapping):
         photos = [Photo(name, picture) for name, picture in data.items()]
     else:
-        paths = [path for given in ([data] if isinstance(data, str | Path) else data) for path in _expand(Path(given))]
+        paths = find_files(data)
         photos = [Photo(name, path) for name, path in zip(_names(paths), paths, strict=True)]
     if not photos:
         raise UserError("there are no photos to evaluate; give a folder, files, or named pictures.")
@@ -51,13 +51,22 @@ def load_photo(photo: Photo, size: int | None = None) -> Image.Image:
 
     Args:
         photo: What to open.
-        size: Crop the largest square from the centre and resize it (bicubic) to this many pixels; None leaves the size.
+        size: Resize the short side to this many pixels (bicubic) and keep the central square; None leaves the size.
 
     Raises:
         UserError: The file cannot be read as a picture.
     """
     image = open_image(photo.source) if isinstance(photo.source, Path) else to_rgb(photo.source)
     return image if size is None else ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+
+
+def find_files(data: str | Path | Sequence[str | Path]) -> list[Path]:
+    """Return the files that paths stand for: a folder is the pictures in it and below, sorted by path.
+
+    Raises:
+        UserError: A path does not exist, or a folder holds no pictures.
+    """
+    return [path for given in ([data] if isinstance(data, str | Path) else data) for path in _expand(Path(given))]
 
 
 def _expand(path: Path) -> list[Path]:

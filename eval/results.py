@@ -94,7 +94,7 @@ class Evaluation:
     """Everything one call of `evaluate` found."""
 
     size: int | None
-    """Side that photos were cropped and resized to; None where they kept their size."""
+    """Side of the square that photos were brought to; None where they kept their size."""
     metrics: Mapping[str, Metric]
     """The metrics of every row, in the order of the columns."""
     photos: tuple[PhotoSize, ...]

@@ -1,0 +1,141 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+from eval.metrics import METRICS, LatentStats, LatentSums, perceptual_metric, psnr_db, ssim
+from sd_vae.errors import UserError
+from sd_vae.posterior import DiagonalGaussian
+
+
+def posterior_of(seed, height=6, width=5):
+    moments = torch.randn(1, 8, height, width, generator=torch.Generator().manual_seed(seed)) * 2 + 0.5
+    return DiagonalGaussian(moments)
+
+
+def test_psnr_equals_scikit_image(photos, noisy):
+    for x in photos.values():
+        recon = noisy(x)
+
+        theirs = peak_signal_noise_ratio(np.asarray(x), np.asarray(recon), data_range=255)
+
+        # worst seen 0: both are float64 means of squares
+        assert psnr_db(recon, x) == pytest.approx(theirs, abs=1e-9)
+
+
+def test_ssim_equals_scikit_image_on_8_bit_arrays(photos, noisy):
+    for x in photos.values():
+        recon = noisy(x)
+
+        theirs = structural_similarity(
+            np.asarray(x),
+            np.asarray(recon),
+            channel_axis=2,
+            data_range=255,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+        )
+
+        assert ssim(recon, x) == pytest.approx(theirs, abs=1e-6)
+
+
+def test_ssim_equals_torchmetrics_away_from_the_border(photos, noisy):
+    for x in photos.values():
+        recon = noisy(x)
+        a, b = (torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].double() for picture in (recon, x))
+
+        _, theirs = structural_similarity_index_measure(a, b, data_range=255.0, sigma=1.5, return_full_image=True)
+
+        # worst seen 1e-13; torchmetrics' own mean includes the mirrored border and is off by 2e-2
+        assert ssim(recon, x) == pytest.approx(float(theirs[..., 5:-5, 5:-5].mean()), abs=1e-6)
+
+
+def test_metrics_of_equal_pictures_are_infinite_psnr_and_ssim_one(photos):
+    x = photos["cat"]
+
+    assert psnr_db(x, x.copy()) == math.inf
+    assert ssim(x, x.copy()) == pytest.approx(1.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("measure", [psnr_db, ssim])
+def test_metrics_refuse_different_sizes(measure, photos):
+    with pytest.raises(UserError, match="37x25 and 32x32 cannot be compared"):
+        measure(photos["cat"], photos["astronaut"])
+
+
+def test_ssim_refuses_pictures_below_its_window():
+    small = Image.new("RGB", (40, 10))
+
+    with pytest.raises(UserError, match="at least 11x11 pixels, this one has 40x10"):
+        ssim(small, small)
+
+
+def test_latent_sums_describe_z_and_not_only_its_mean():
+    posterior = posterior_of(0)
+
+    sums = LatentSums.of(posterior)
+
+    samples = torch.stack([posterior.sample(torch.Generator().manual_seed(i)) for i in range(4000)]).double()
+    # worst seen 0.4% with 4000 draws; without the posterior's variance it is off by a factor
+    assert sums.z_squared == pytest.approx(samples.square().mean(0).sum(dim=(0, 2, 3)).tolist(), rel=0.02)
+    assert sums.kl == pytest.approx(float(posterior.kl()), rel=1e-5)
+
+
+def test_latent_stats_equal_those_of_all_elements_together():
+    posteriors = [posterior_of(0), posterior_of(1, height=9, width=4)]
+    sharp = [DiagonalGaussian(torch.cat([p.mean, torch.full_like(p.mean, -30.0)], dim=1)) for p in posteriors]
+
+    stats = LatentStats.pooled([LatentSums.of(p) for p in sharp])
+
+    z = torch.cat([p.mean.double().flatten(2) for p in sharp], dim=2)  # (1, C, cells of both)
+    assert stats.mean == pytest.approx(float(z.mean()), abs=1e-9)
+    assert stats.std == pytest.approx(float(z.std(correction=0)), rel=1e-9)
+    assert stats.channel_mean == pytest.approx(z.mean(dim=(0, 2)).tolist(), abs=1e-9)
+    assert stats.channel_std == pytest.approx(z.std(dim=(0, 2), correction=0).tolist(), rel=1e-9)
+    assert stats.scaling_factor == pytest.approx(1 / float(z.std(correction=0)), rel=1e-9)
+
+
+def test_latent_stats_take_kl_per_element():
+    posteriors = [posterior_of(0), posterior_of(1, height=9, width=4)]
+
+    stats = LatentStats.pooled([LatentSums.of(p) for p in posteriors])
+
+    kl = torch.cat([p.kl_map().double().flatten() for p in posteriors])
+    assert stats.kl_per_element == pytest.approx(float(kl.mean()), rel=1e-5)
+
+
+def test_latent_stats_do_not_depend_on_the_order_of_photos():
+    sums = [LatentSums.of(posterior_of(seed, height=3 + seed)) for seed in range(7)]
+
+    assert LatentStats.pooled(sums) == LatentStats.pooled(sums[::-1])
+
+
+def test_latent_stats_of_a_constant_have_no_scaling_factor():
+    stats = LatentStats.pooled([LatentSums(num_cells=4, z=(4.0, 4.0), z_squared=(4.0, 4.0), kl=0.0)])
+
+    assert stats.std == 0.0
+    assert stats.scaling_factor == math.inf
+
+
+def test_metric_table_states_unit_and_direction():
+    headings = [metric.heading for metric in METRICS.values()] + [perceptual_metric("lpips_vgg").heading]
+
+    assert headings == [
+        "PSNR (dB) ↑",
+        "SSIM ↑",
+        "KL per element (nats)",
+        "Latent mean",
+        "Latent std",
+        "Estimated scaling factor",
+        "lpips_vgg ↓",
+    ]
+
+
+@pytest.mark.parametrize(("value", "text"), [(18.046, "18.05"), (-0.5, "−0.50"), (math.inf, "∞"), (-math.inf, "−∞")])
+def test_metric_formats_its_value(value, text):
+    assert METRICS["psnr_db"].format(value) == text
