@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import set_seed
 from tqdm import tqdm
 
 from sd_vae.autoencoder import AutoencoderKL
@@ -91,7 +90,6 @@ class Trainer:
         if checkpoint is None:
             require_new_run(self.folder, overwrite=overwrite)
         self.accelerator = build_accelerator(config)
-        set_seed(config.seed)  # initial weights; everything later draws from addressable generators
         self.source = open_source(config.data.train, image_column=config.data.image_column)
         self.photos = self._load_validation_photos()
         self.vae = self._build_vae()
@@ -218,11 +216,11 @@ class Trainer:
         log.write(self.progress.step, {f"validation/{name}": value for name, value in self.validation.items()})
 
     def _save(self) -> None:
+        """Write a checkpoint."""
         if self._is_main:
-            self._checkpoint_folder.mkdir(exist_ok=True)
             models, states = self._state()
-            keep = self.config.keep_checkpoints
-            save_checkpoint(self._checkpoint_folder, self.progress, models, states, keep=keep)
+            folder = self.folder / "checkpoints"
+            save_checkpoint(folder, self.progress, models, states, keep=self.config.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
     def _load(self, path: Path) -> None:
@@ -256,7 +254,9 @@ class Trainer:
         if model.pretrained:
             vae = load_vae(model.pretrained, dtype=torch.float32)
         else:
-            vae = AutoencoderKL.from_preset(model.preset, sample_size=self.config.data.size)
+            with torch.random.fork_rng():
+                torch.manual_seed(self.config.seed)
+                vae = AutoencoderKL.from_preset(model.preset, sample_size=self.config.data.size)
         if self.config.data.size % vae.factor:
             raise UserError(f"data.size is {self.config.data.size}, it must be a multiple of the factor {vae.factor}.")
         if model.gradient_checkpointing:
