@@ -16,9 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sd_vae._diffusers import (
-    Attention as DiffusersAttention,
-)
+from sd_vae._diffusers import Attention as DiffusersAttention
 from sd_vae._diffusers import (
     AttnProcessor2_0,
     AutoencoderKLOutput,
@@ -30,6 +28,7 @@ from sd_vae._diffusers import (
 )
 from sd_vae.checks import require_finite, require_image, require_latent
 from sd_vae.config import VAEConfig
+from sd_vae.errors import UserError
 from sd_vae.posterior import DiagonalGaussian
 
 __all__ = ["AutoencoderKL"]
@@ -53,7 +52,10 @@ class ResnetBlock2D(nn.Module):
         """Return x + branch(x), with a 1x1 convolution on x where the width changes."""
         h = self.conv1(self.nonlinearity(self.norm1(x)))
         h = self.conv2(self.nonlinearity(self.norm2(h)))
-        return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
+        if self.conv_shortcut is not None:
+            # As in diffusers: DDP wants the 1x1 weight's gradient contiguous, whatever layout attention left x in.
+            x = self.conv_shortcut(x.contiguous() if self.training else x)
+        return x + h
 
 
 class Attention(DiffusersAttention):
@@ -81,7 +83,8 @@ class Attention(DiffusersAttention):
         if type(self.processor) is not AttnProcessor2_0:
             return super().forward(x)
         batch_size, channels, height, width = x.shape
-        h = self.group_norm(x).flatten(2).transpose(1, 2).unsqueeze(1)  # (B, 1, HW, D)
+        # Flattened before the norm, as in diffusers: GroupNorm sums (B, D, H, W) in channels_last in another order.
+        h = self.group_norm(x.flatten(2)).transpose(1, 2).unsqueeze(1)  # (B, 1, HW, D)
         h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
         h = self.to_out[0](h)
         return h.transpose(2, 3).reshape(batch_size, channels, height, width) + x
@@ -156,9 +159,7 @@ class UNetMidBlock2D(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the middle of the network, same shape as x."""
         x = self.resnets[0](x)
-        if self.attentions is not None:
-            x = self.attentions[0](x)
-        return self.resnets[1](x)
+        return self.resnets[1](x if self.attentions is None else self.attentions[0](x))
 
 
 class Encoder(nn.Module):
@@ -171,13 +172,8 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList()
         for level, kind in enumerate(config.down_block_types):
-            block = EncoderBlock(
-                widths[max(level - 1, 0)],
-                widths[level],
-                config,
-                attend=kind == "AttnDownEncoderBlock2D",
-                halve=level < len(widths) - 1,
-            )
+            attend, halve = kind == "AttnDownEncoderBlock2D", level < len(widths) - 1
+            block = EncoderBlock(widths[max(level - 1, 0)], widths[level], config, attend=attend, halve=halve)
             self.down_blocks.append(block)
         self.mid_block = UNetMidBlock2D(widths[-1], config)
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[-1], eps=GROUP_NORM_EPS)
@@ -200,13 +196,8 @@ class Decoder(nn.Module):
         self.mid_block = UNetMidBlock2D(widths[0], config)
         self.up_blocks = nn.ModuleList()
         for level, kind in enumerate(config.up_block_types):
-            block = DecoderBlock(
-                widths[max(level - 1, 0)],
-                widths[level],
-                config,
-                attend=kind == "AttnUpDecoderBlock2D",
-                double=level < len(widths) - 1,
-            )
+            attend, double = kind == "AttnUpDecoderBlock2D", level < len(widths) - 1
+            block = DecoderBlock(widths[max(level - 1, 0)], widths[level], config, attend=attend, double=double)
             self.up_blocks.append(block)
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[-1], eps=GROUP_NORM_EPS)
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
@@ -228,11 +219,9 @@ def _run_layers(x: Tensor, resnets: nn.ModuleList, attentions: nn.ModuleList | N
 
 def _run_blocks(half: Any, x: Tensor, blocks: list[nn.Module]) -> Tensor:
     """Blocks in order, recomputed in the backward pass where gradient checkpointing is on."""
+    recompute = half.gradient_checkpointing and torch.is_grad_enabled()
     for block in blocks:
-        if half.gradient_checkpointing and torch.is_grad_enabled():
-            x = half._gradient_checkpointing_func(block, x)
-        else:
-            x = block(x)
+        x = half._gradient_checkpointing_func(block, x) if recompute else block(x)
     return x
 
 
@@ -240,10 +229,10 @@ class AutoencoderKL(DiffusersAutoencoderKL):
     """A KL-regularised autoencoder: images x in [-1, 1] to a posterior over raw latents z, and back.
 
     An instance of `diffusers.AutoencoderKL` with the same config fields, parameter names, numbers and methods; a folder
-    that it saves opens in plain diffusers. `enable_tiling()` is diffusers' algorithm for now: each tile takes its own
-    GroupNorm statistics, so its result is approximate and can show seams.
+    that it saves opens in plain diffusers. Its arguments are the fields of `VAEConfig`, checked by it.
 
-    Its arguments are the fields of `VAEConfig`, checked by it.
+    `enable_tiling()` is diffusers' algorithm for now: each tile takes its own GroupNorm statistics, so its result is
+    approximate and can show seams.
     """
 
     @register_to_config
@@ -272,14 +261,12 @@ class AutoencoderKL(DiffusersAutoencoderKL):
         super(DiffusersAutoencoderKL, self).__init__()
         # A saved pipeline names its VAE's library by this attribute; set on the class, it would break pickle.
         self.__module__ = DiffusersAutoencoderKL.__module__
-        config = VAEConfig.from_dict(dict(self.config))
-        moments = 2 * config.latent_channels
+        config = VAEConfig.from_dict(dict(self.config), source="AutoencoderKL")
+        channels = config.latent_channels
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.quant_conv = nn.Conv2d(moments, moments, 1) if config.use_quant_conv else None
-        self.post_quant_conv = (
-            nn.Conv2d(config.latent_channels, config.latent_channels, 1) if config.use_post_quant_conv else None
-        )
+        self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1) if config.use_quant_conv else None
+        self.post_quant_conv = nn.Conv2d(channels, channels, 1) if config.use_post_quant_conv else None
         self.use_slicing = False
         self.use_tiling = False
         tile_size = config.sample_size if isinstance(config.sample_size, int) else config.sample_size[0]
@@ -294,14 +281,11 @@ class AutoencoderKL(DiffusersAutoencoderKL):
 
     @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussian]:
-        """Return the posterior q(z|x) as `.latent_dist`.
+        """Return the posterior q(z|x) over raw latents (B, C, H/factor, W/factor) as `.latent_dist`.
 
         Args:
             x: Images (B, in_channels, H, W) in [-1, 1]; H and W divisible by `self.factor`.
             return_dict: False for a plain tuple.
-
-        Returns:
-            Posterior over z of shape (B, C, H/factor, W/factor), unscaled.
 
         Raises:
             UserError: Wrong number of dimensions or channels, a size that the factor does not divide, or, on the CPU
@@ -387,7 +371,11 @@ class AutoencoderKL(DiffusersAutoencoderKL):
 
     @classmethod
     def from_diffusers(cls, vae: DiffusersAutoencoderKL) -> "AutoencoderKL":
-        """Return this class around the weights of a diffusers VAE: shared, not copied, same device and dtype."""
+        """Return this class around the weights of a diffusers VAE: shared, not copied, same device and dtype.
+
+        Raises:
+            UserError: Not a `diffusers.AutoencoderKL`, or one that holds LoRA adapters.
+        """
         return _rebuild(cls, vae)
 
     def to_diffusers(self) -> DiffusersAutoencoderKL:
@@ -397,11 +385,16 @@ class AutoencoderKL(DiffusersAutoencoderKL):
 
 def _rebuild(cls: type[Any], vae: DiffusersAutoencoderKL) -> Any:
     """`vae` as an instance of `cls`, holding the very same parameters."""
+    if not isinstance(vae, DiffusersAutoencoderKL):
+        raise UserError(f"vae is of type {type(vae).__name__}, it must be a diffusers.AutoencoderKL; load it first.")
     with torch.device("meta"):
         twin = cls.from_config(vae.config)
-    for name, parameter in vae.named_parameters():
-        # A projection fused by `fuse_qkv_projections` repeats q, k and v, which the twin has apart.
-        if ".to_qkv." not in name:
-            module_name, _, leaf = name.rpartition(".")
-            twin.get_submodule(module_name).register_parameter(leaf, parameter)
+    # A projection fused by `fuse_qkv_projections` repeats q, k and v, which the twin has apart.
+    weights = {name: weight for name, weight in vae.named_parameters() if ".to_qkv." not in name}
+    foreign = sorted(weights.keys() ^ dict(twin.named_parameters()).keys())
+    if foreign:
+        raise UserError(f"the VAE's tensors are not those of its config, see {foreign[0]}; unload its adapters first.")
+    for name, weight in weights.items():
+        module_name, _, leaf = name.rpartition(".")
+        twin.get_submodule(module_name).register_parameter(leaf, weight)
     return twin.train(vae.training)

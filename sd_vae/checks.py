@@ -48,6 +48,12 @@ def require_latent(z: Tensor, num_channels: int) -> None:
 
 
 def _require_shape(name: str, tensor: Tensor, num_channels: int) -> None:
+    import torch
+
+    if not isinstance(tensor, torch.Tensor):
+        raise UserError(
+            f"{name} is of type {type(tensor).__name__}, it must be a tensor; pictures go through to_tensor."
+        )
     if tensor.dim() != 4 or not len(tensor):
         raise UserError(
             f"{name} has shape {tuple(tensor.shape)}, it must be (batch, {num_channels}, height, width) "

@@ -5,6 +5,7 @@ of `diffusers.AutoencoderKL`; a `config.json` of theirs is a `VAEConfig` of ours
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -82,7 +83,7 @@ class VAEConfig:
             if len(types) != num_levels:
                 found.append(f"{name} has {len(types)} entries and block_out_channels {num_levels}, make them equal")
             found += [f"{name} holds {t!r}, choose from {', '.join(allowed)}" for t in types if t not in allowed]
-        if self.act_fn not in ACTIVATIONS:
+        if self.act_fn.lower() not in ACTIVATIONS:
             found.append(f"act_fn is {self.act_fn!r}, choose from {', '.join(ACTIVATIONS)}")
         for name in ("in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups"):
             if getattr(self, name) < 1:
@@ -93,14 +94,23 @@ class VAEConfig:
             for width in self.block_out_channels
             if width < 1 or width % groups
         ]
-        if not self.scaling_factor > 0:
-            found.append(f"scaling_factor is {self.scaling_factor}, it must be above 0")
+        tile_sides = (self.sample_size,) if isinstance(self.sample_size, int) else self.sample_size
+        if min(tile_sides) < 1:
+            found.append(f"sample_size is {self.sample_size}, it must be at least 1")
+        if not 0 < self.scaling_factor < math.inf:
+            found.append(f"scaling_factor is {self.scaling_factor}, it must be above 0 and finite")
+        if not math.isfinite(self.shift_factor or 0.0):
+            found.append(f"shift_factor is {self.shift_factor}, it must be finite")
         if (self.latents_mean is None) != (self.latents_std is None):
             found.append("latents_mean and latents_std come together, give both or neither")
         for name in ("latents_mean", "latents_std"):
             values = getattr(self, name)
             if values is not None and len(values) != self.latent_channels:
                 found.append(f"{name} has {len(values)} entries, latent_channels is {self.latent_channels}")
+        if not all(math.isfinite(mean) for mean in self.latents_mean or ()):
+            found.append(f"latents_mean is {self.latents_mean}, every entry must be finite")
+        if not all(0 < std < math.inf for std in self.latents_std or ()):
+            found.append(f"latents_std is {self.latents_std}, every entry must be above 0 and finite")
         return found
 
     @property

@@ -14,6 +14,7 @@ from typing import cast
 import torch
 
 from sd_vae._diffusers import DiagonalGaussianDistribution
+from sd_vae.errors import UserError
 
 __all__ = ["LOGVAR_MAX", "LOGVAR_MIN", "DiagonalGaussian"]
 
@@ -59,9 +60,16 @@ class DiagonalGaussian(DiagonalGaussianDistribution):
 
         Returns:
             Raw latents z (B, C, h, w), dtype and device of the moments.
+
+        Raises:
+            UserError: `noise` has another shape than z.
         """
         if noise is None:
             return cast("torch.Tensor", super().sample(generator))
+        if noise.shape != self.mean.shape:
+            raise UserError(
+                f"noise has shape {tuple(noise.shape)}, z has {tuple(self.mean.shape)}; draw one per latent."
+            )
         return self.mean + self.std * noise.to(self.mean)
 
     def mode(self) -> torch.Tensor:
@@ -71,15 +79,15 @@ class DiagonalGaussian(DiagonalGaussianDistribution):
     def kl_map(self, other: "DiagonalGaussianDistribution | None" = None) -> torch.Tensor:
         """Return KL(self || other) per latent element in nats, (B, C, h, w); `other` defaults to N(0, I).
 
-        KL to N(0, I) is 1/2 (mean^2 + var - 1 - logvar).
+        KL to N(0, I) is 1/2 (mean^2 + var - 1 - logvar). Computed in fp32 at least: in fp16 var and any sum overflow.
         """
+        mean, logvar = _wide(self.mean), _wide(self.logvar)
         if self.deterministic:
-            return torch.zeros_like(self.mean)
+            return torch.zeros_like(mean)
         if other is None:
-            return 0.5 * (self.mean.square() + self.var - 1.0 - self.logvar)
-        return 0.5 * (
-            (self.mean - other.mean).square() / other.var + self.var / other.var - 1.0 - self.logvar + other.logvar
-        )
+            return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar)
+        distance = (mean - _wide(other.mean)).square() + logvar.exp()
+        return 0.5 * (distance / _wide(other.var) - 1.0 - logvar + _wide(other.logvar))
 
     def kl(self, other: "DiagonalGaussianDistribution | None" = None) -> torch.Tensor:
         """Return KL(self || other) in nats, summed over C, h, w, one value per item (B,)."""
@@ -92,7 +100,13 @@ class DiagonalGaussian(DiagonalGaussianDistribution):
             sample: z (B, C, h, w).
             dims: Dimensions to sum over; the default leaves one value per item (B,).
         """
+        mean, logvar = _wide(self.mean), _wide(self.logvar)
         if self.deterministic:
-            return torch.zeros_like(self.mean).sum(dim=tuple(dims))
-        log_two_pi = math.log(2.0 * math.pi)
-        return 0.5 * (log_two_pi + self.logvar + (sample - self.mean).square() / self.var).sum(dim=tuple(dims))
+            return torch.zeros_like(mean).sum(dim=tuple(dims))
+        square = (_wide(sample) - mean).square()
+        return 0.5 * (math.log(2.0 * math.pi) + logvar + square / logvar.exp()).sum(dim=tuple(dims))
+
+
+def _wide(values: torch.Tensor) -> torch.Tensor:
+    """`values` in fp32, or in fp64 where they are."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
