@@ -129,10 +129,12 @@ class LPIPS(Perceptual):
 
 
 class MultiScaleSSIM(Perceptual):
-    """1 - MS-SSIM on data range 2, over three scales, so that 64x64 crops can be compared.
+    """1 - MS-SSIM as a loss: over three scales, so that 64x64 crops can be compared, and never without a gradient.
 
-    The exponents are those of the three finest scales of Wang et al., scaled to sum 1; values are therefore not those
-    of the five-scale metric. Structure that is opposite on the whole counts as none, with gradient 0.
+    1 - product over scales j of ((1 + s_j) / 2)^beta_j, on data range 2; s_j in [-1, 1] is the similarity of structure,
+    at the coarsest scale times that of brightness, and beta_j are the exponents of the three finest scales of Wang et
+    al., scaled to sum 1. The metric has s_j^beta_j, cut off at 0: for an untrained network, whose output resembles
+    nothing, its gradient is 0. The values are therefore a loss's and are not comparable with the metric's.
     """
 
     def __init__(self) -> None:
@@ -146,7 +148,7 @@ class MultiScaleSSIM(Perceptual):
         from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as ms_ssim
 
         exponents = tuple(exponent / sum(MS_SSIM_EXPONENTS) for exponent in MS_SSIM_EXPONENTS)
-        similarity = ms_ssim(recon, x, data_range=2.0, betas=exponents, normalize="relu", reduction="none")
+        similarity = ms_ssim(recon, x, data_range=2.0, betas=exponents, normalize="simple", reduction="none")
         return 1.0 - similarity
 
 
