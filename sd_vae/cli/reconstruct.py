@@ -232,10 +232,15 @@ def _memory(device: str) -> Iterator[None]:
 
 def _print_numbers(evaluation: Evaluation) -> None:
     """The table on standard output: one line a picture, their mean last."""
+    from rich.markup import escape
+
     (row,) = evaluation.rows
-    rows = [(photo.name, photo.metrics) for photo in row.photos] + [("mean", row.means)]
+    lines = [(photo.name, photo.metrics) for photo in row.photos] + [("mean", row.means)]
     print_table(
-        f"{row.name}: reconstructions",
+        escape(f"{row.name}: reconstructions"),
         ["picture", *(metric.heading for metric in evaluation.metrics.values())],
-        [[name, *(metric.format(values[key]) for key, metric in evaluation.metrics.items())] for name, values in rows],
+        [
+            [escape(name), *(metric.format(values[key]) for key, metric in evaluation.metrics.items())]
+            for name, values in lines
+        ],
     )
