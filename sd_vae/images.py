@@ -51,10 +51,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     Greyscale is repeated, palettes are looked up, CMYK is converted, 16-bit grey is scaled to 8 bits, transparency is
     laid over white, and of an animation the first frame is taken.
+
+    Raises:
+        UserError: The picture holds floats, whose range nobody knows.
     """
     from PIL import Image, ImageOps
 
     image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise UserError("a picture of floats has no known range; save it with 8 or 16 bits a channel.")
     if image.mode in ("I;16", "I;16B", "I;16L", "I"):
         # 16-bit grey: `convert` would clip to 255 instead of scaling.
         image = image.point(lambda value: value * (1 / 257)).convert("L")
