@@ -294,7 +294,8 @@ class Trainer:
         logger.info(
             f"{processes} process{'es' if processes > 1 else ''} on {self.accelerator.device}, precision "
             f"{config.mixed_precision}; {num_trained:,} of {self.vae.num_parameters():,} parameters train on "
-            f"{len(self.source):,} pictures; steps {self.progress.step} to {config.steps} of batch {self._samples_per_step}"
+            f"{len(self.source):,} pictures; steps {self.progress.step} to {config.steps}, "
+            f"{self._samples_per_step} pictures each"
         )
         if self.photos is None:
             logger.info("no validation photos: set data.validation to see reconstructions and PSNR on the way")
