@@ -75,7 +75,7 @@ def open_source(spec: str, image_column: str = "image") -> ImageSource:
     if path.is_file() and path.suffix == ".parquet":
         return _open_parquet(spec, [path], image_column)
     if path.is_file():
-        raise UserError(f"{spec} is a {path.suffix or 'nameless kind of'} file; {KINDS}.")
+        raise UserError(f"{spec} is no folder and no parquet file; {KINDS}.")
     if not path.is_dir():
         raise UserError(f"there is no data at {spec}; {KINDS}.")
     tables = sorted(path.rglob("*.parquet"))
@@ -103,24 +103,29 @@ def _open_parquet(spec: str, files: list[Path], column: str) -> ImageSource:
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
-    for file in files:
-        _require_column(str(file), _parquet_columns(file), column)
+    filled = [str(file) for file in files if _num_rows(file, column)]
+    if not filled:
+        raise UserError(f"{spec} holds no rows; {KINDS}.")
     try:
-        dataset = load_dataset("parquet", data_files=[str(file) for file in files], split="train", columns=[column])
+        dataset = load_dataset("parquet", data_files=filled, split="train", columns=[column])
     except (OSError, pyarrow.ArrowException, DatasetGenerationError) as error:
         cause = error.__cause__ or error
         raise UserError(f"cannot read the parquet data {spec}: {cause}; write the files anew.") from error
     return _as_source(spec, dataset, column)
 
 
-def _parquet_columns(file: Path) -> list[str]:
+def _num_rows(file: Path, column: str) -> int:
+    """Rows of a parquet file that has the column."""
     import pyarrow
     import pyarrow.parquet
 
     try:
-        return list(pyarrow.parquet.read_schema(file).names)
+        with pyarrow.parquet.ParquetFile(file) as opened:
+            columns, num_rows = list(opened.schema_arrow.names), int(opened.metadata.num_rows)
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"cannot read the parquet file {file}: {error}; write it anew.") from None
+    _require_column(str(file), columns, column)
+    return num_rows
 
 
 def _open_hub(spec: str, column: str) -> ImageSource:
@@ -139,6 +144,8 @@ def _open_hub(spec: str, column: str) -> ImageSource:
             "folder."
         ) from error
     _require_column(spec, dataset.column_names, column)
+    if not len(dataset):
+        raise UserError(f"{spec} holds no rows; choose another split.")
     return _as_source(spec, dataset.select_columns([column]), column)
 
 
@@ -152,8 +159,6 @@ def _as_source(spec: str, dataset: Any, column: str) -> ImageSource:
     import pyarrow
     from datasets import Image
 
-    if not len(dataset):
-        raise UserError(f"{spec} holds no rows; {KINDS}.")
     kind = dataset.features[column]
     try:
         dataset = dataset.cast_column(column, Image(decode=False))
