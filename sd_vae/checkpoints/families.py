@@ -39,16 +39,10 @@ def family_of(config: VAEConfig) -> str | None:
 
 
 def latent_scale(config: VAEConfig) -> tuple[list[float], list[float]]:
-    """Return scale and shift of each latent channel: latents = (z - shift) * scale.
-
-    Raises:
-        UserError: latents_std holds a number that is not above 0.
-    """
+    """Return scale and shift of each latent channel: latents = (z - shift) * scale."""
     channels = config.latent_channels
     if config.latents_mean is None or config.latents_std is None:
         return [config.scaling_factor] * channels, [config.shift_factor or 0.0] * channels
-    if min(config.latents_std) <= 0:
-        raise UserError(f"latents_std holds {min(config.latents_std)}, every entry must be above 0; mend the config.")
     return [config.scaling_factor / deviation for deviation in config.latents_std], list(config.latents_mean)
 
 
@@ -66,9 +60,8 @@ def fold(tensors: dict[str, Tensor], config: VAEConfig, family: str) -> tuple[di
         family: One of `FAMILIES`.
 
     Raises:
-        UserError: Unknown family, one with another number of latent channels, a latents_std that is not positive, or
-            b is not zero and there is no post_quant_conv: decoder.conv_in pads with zeros, so a shift folded into it
-            would be wrong at the border.
+        UserError: Unknown family, one with another number of latent channels, or b is not zero and there is no
+            post_quant_conv: decoder.conv_in pads with zeros, so a shift folded into it would be wrong at the border.
     """
     target = _require_family(config, family)
     if family_of(config) == family:

@@ -212,7 +212,7 @@ def _structure(weights: WeightFile, location: Location) -> dict[str, Any]:
         }
     except (KeyError, IndexError, ValueError):
         raise UserError(
-            f"{weights.path} has no config, and its tensors do not show the architecture  "
+            f"{weights.path} has no config, and its tensors do not show the architecture "
             "of a VAE; pass its config (--config on the command line)."
         ) from None
 

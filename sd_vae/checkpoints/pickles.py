@@ -20,9 +20,11 @@ from sd_vae.errors import UserError
 
 __all__ = ["Inert", "load_pickle"]
 
+_BUILTINS = (dict, list, set, frozenset, tuple, int, float, bool, complex)
 _CONTAINERS = {
     ("collections", "OrderedDict"): OrderedDict,
-    **{("builtins", kind.__name__): kind for kind in (dict, list, set, frozenset, tuple, int, float, bool, complex)},
+    # torch writes protocol 2, in which builtins carry their Python 2 name.
+    **{(module, kind.__name__): kind for kind in _BUILTINS for module in ("builtins", "__builtin__")},
 }
 
 
