@@ -302,15 +302,12 @@ class AutoencoderKL(DiffusersAutoencoderKL):
     def decode(
         self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
     ) -> DecoderOutput | tuple[Tensor]:
-        """Return the pictures of raw latents as `.sample`.
+        """Return the pictures of raw latents, (B, out_channels, h*factor, w*factor) and not clamped, as `.sample`.
 
         Args:
             z: Raw latents (B, C, h, w); scaled `latents` are divided by the scaling factor (and shifted) first.
             return_dict: False for a plain tuple.
             generator: Not used; pipelines pass it, and decoding draws nothing.
-
-        Returns:
-            Images (B, out_channels, h*factor, w*factor) around [-1, 1], not clamped.
 
         Raises:
             UserError: Wrong number of dimensions or channels, or values that are not finite, as in `encode`.
@@ -388,7 +385,8 @@ def _rebuild(cls: type[Any], vae: DiffusersAutoencoderKL) -> Any:
     if not isinstance(vae, DiffusersAutoencoderKL):
         raise UserError(f"vae is of type {type(vae).__name__}, it must be a diffusers.AutoencoderKL; load it first.")
     with torch.device("meta"):
-        twin = cls.from_config(vae.config)
+        # Without diffusers' note of defaults, which would undo what `register_to_config` has changed since.
+        twin = cls.from_config({key: value for key, value in vae.config.items() if key != "_use_default_values"})
     # A projection fused by `fuse_qkv_projections` repeats q, k and v, which the twin has apart.
     weights = {name: weight for name, weight in vae.named_parameters() if ".to_qkv." not in name}
     foreign = sorted(weights.keys() ^ dict(twin.named_parameters()).keys())
