@@ -20,8 +20,6 @@ def kl_loss(posterior: DiagonalGaussian, convention: Literal["mean", "ldm"], num
         convention: mean: mean over B, C, h, w. ldm: sum over C, h, w, divided by `num_image_elements`, mean over B.
         num_image_elements: 3HW of the images that were encoded; read by `ldm` alone.
     """
-    # The moments may be bf16 under autocast, where a sum over thousands of elements keeps two digits.
-    exact = DiagonalGaussian(posterior.parameters.float(), posterior.deterministic)
     if convention == "mean":
-        return exact.kl_map().mean()
-    return exact.kl().mean() / num_image_elements
+        return posterior.kl_map().mean()
+    return posterior.kl().mean() / num_image_elements

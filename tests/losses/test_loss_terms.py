@@ -31,7 +31,7 @@ def test_reconstruction_loss_l1_is_the_mean_magnitude():
 
 
 def test_reconstruction_loss_of_bf16_is_fp32():
-    recon, x = torch.rand(1, 3, 8, 8).bfloat16(), torch.rand(1, 3, 8, 8)
+    recon, x = torch.rand(1, 3, 8, 8).bfloat16(), torch.rand(1, 3, 8, 8).bfloat16()
 
     assert reconstruction_loss(recon, x, "l2").dtype == torch.float32
 

@@ -85,6 +85,16 @@ def test_objective_kl_weight_zero_only_logs_the_term(tiny_vae):
     assert all(torch.equal(a, b) for a, b in zip(actual.values(), expected, strict=True))
 
 
+def test_objective_kl_weight_zero_adds_nothing_even_of_an_infinite_term():
+    x = images()
+    posterior = DiagonalGaussian(torch.full((2, 8, 4, 4), 1e30))
+
+    total, terms = Objective(config(weight=0.0, kl_weight=0.0))(x, x, posterior)
+
+    assert terms["kl"].isinf()
+    assert total == 0
+
+
 def test_objective_perceptual_weight_changes_the_decoders_gradient(tiny_vae):
     # diffusers' training script computes LPIPS under no_grad: its weight changes only the logged number.
     x = images()
