@@ -128,12 +128,9 @@ def panel(title: str, curve: Sequence[tuple[int, float]]) -> Panel:
 
 
 def _running_mean(values: np.ndarray) -> np.ndarray:
-    """Mean over the stretch that ends at each value; shorter at the start."""
-    span = max(1, round(len(values) * SMOOTHING))
-    sums = np.cumsum(np.concatenate([[0.0], values]))
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(ends - span, 0)
-    return (sums[ends] - sums[starts]) / (ends - starts)
+    """Mean over the stretch around each value; shorter at the ends."""
+    window = np.ones(max(1, round(len(values) * SMOOTHING)))
+    return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
 
 
 def _points(x: np.ndarray, y: np.ndarray) -> str:

@@ -19,6 +19,9 @@ ERROR_CEILING = 64
 ROBUST_PERCENTILES = (1.0, 99.0)
 """What a latent channel's black and white stand for: single extreme cells must not flatten the picture."""
 
+TILES_IN_A_ROW = 4
+"""Channel tiles beside each other."""
+
 TILE_GAP = 2
 """Latent cells between channel tiles."""
 
@@ -36,12 +39,19 @@ def error_map(recon: Image.Image, x: Image.Image) -> Image.Image:
 
 
 def latent_channels(z: Tensor) -> Image.Image:
-    """Return each channel of raw latents (1, C, h, w) as a grey tile, side by side, one pixel a cell.
+    """Return each channel of raw latents (1, C, h, w) as a grey tile of one pixel a cell, four in a row, gaps clear.
 
     Black and white are the channel's own 1st and 99th percentile in this photo.
     """
-    tiles = [Image.fromarray(_stretch(channel)) for channel in _to_numpy(z)]
-    return side_by_side(tiles, gap=TILE_GAP)
+    channels = _to_numpy(z)
+    height, width = (size + TILE_GAP for size in channels.shape[1:])
+    columns = min(len(channels), TILES_IN_A_ROW)
+    rows = -(-len(channels) // columns)
+    sheet = Image.new("LA", (columns * width - TILE_GAP, rows * height - TILE_GAP))
+    for index, channel in enumerate(channels):
+        row, column = divmod(index, columns)
+        sheet.paste(Image.fromarray(_stretch(channel)).convert("LA"), (column * width, row * height))
+    return sheet
 
 
 def latent_colours(z: Tensor) -> Image.Image:

@@ -34,6 +34,22 @@ def test_latent_channels_are_tiles_of_one_pixel_a_cell():
     z = torch.randn(1, 3, 5, 7, generator=torch.Generator().manual_seed(0))
 
     assert latent_channels(z).size == (3 * 7 + 2 * TILE_GAP, 5)
+    assert latent_channels(z.repeat(1, 2, 1, 1)).size == (4 * 7 + 3 * TILE_GAP, 2 * 5 + TILE_GAP)
+
+
+def test_latent_channels_stand_in_reading_order_between_clear_gaps():
+    z = torch.zeros(1, 6, 1, 2)
+    z[0, 5, 0, 1] = 1.0
+
+    sheet = latent_channels(z)
+
+    assert [sheet.getpixel(at) for at in ((0, 0), (2, 0), (4, 3), (5, 3), (8, 3))] == [
+        (128, 255),
+        (0, 0),
+        (0, 255),
+        (255, 255),
+        (0, 0),
+    ]
 
 
 def test_latent_channels_are_stretched_each_by_itself_and_shrug_off_outliers():
@@ -47,7 +63,7 @@ def test_latent_channels_are_stretched_each_by_itself_and_shrug_off_outliers():
 
 
 def test_latent_channels_show_a_constant_as_mid_grey():
-    assert latent_channels(torch.full((1, 1, 2, 2), 3.0)).getcolors() == [(4, (128, 128, 128))]
+    assert latent_channels(torch.full((1, 1, 2, 2), 3.0)).getcolors() == [(4, (128, 255))]
 
 
 def test_latent_colours_show_the_strongest_component_as_red():
@@ -87,4 +103,4 @@ def test_latent_pictures_take_any_number_of_channels(num_channels):
     z = torch.randn(1, num_channels, 6, 5, dtype=torch.bfloat16)
 
     assert latent_colours(z).size == (5, 6)
-    assert latent_channels(z).height == 6
+    assert latent_channels(z).size == (4 * 5 + 3 * TILE_GAP, (num_channels // 4) * (6 + TILE_GAP) - TILE_GAP)
