@@ -18,6 +18,16 @@ __all__ = [
     "register_to_config",
 ]
 
+
+def _blames_torchvision(error: BaseException | None) -> bool:
+    """Whether an import error or one that it came from names torchvision; the outermost often does not."""
+    while error is not None:
+        if "torchvision" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 try:
     from diffusers import AutoencoderKL as DiffusersAutoencoderKL
     from diffusers.configuration_utils import register_to_config
@@ -27,7 +37,7 @@ try:
     from diffusers.models.modeling_outputs import AutoencoderKLOutput
     from diffusers.utils.accelerate_utils import apply_forward_hook
 except (ImportError, RuntimeError) as error:
-    if "torchvision" not in str(error):
+    if not _blames_torchvision(error):
         raise
     raise UserError(
         "torch and torchvision are not of the same build, so torchvision cannot be imported; reinstall both from one "
