@@ -17,6 +17,7 @@ TWO_LEVELS = {
 ATTENDING = {"down_block_types": ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")} | {
     "up_block_types": ("AttnUpDecoderBlock2D", "UpDecoderBlock2D")
 }
+PREFIX = "first_stage_model."
 NO_QUANT = {"use_quant_conv": False, "use_post_quant_conv": False}
 
 
