@@ -12,6 +12,8 @@ from sd_vae.autoencoder import AutoencoderKL
 
 __all__ = ["EMA"]
 
+Tensors = tuple[Tensor, ...] | list[Tensor]
+
 
 class EMA(AveragedModel):
     """A copy of a VAE whose weights trail the trained ones; `ema.module` is that VAE.
@@ -24,7 +26,7 @@ class EMA(AveragedModel):
     module: AutoencoderKL
 
     def __init__(self, vae: AutoencoderKL, decay: float) -> None:
-        def average(averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor | int) -> None:
+        def average(averaged: Tensors, current: Tensors, num_averaged: Tensor | int) -> None:
             count = int(num_averaged)
             torch._foreach_lerp_(averaged, current, 1.0 - min(decay, (1 + count) / (10 + count)))
 

@@ -41,11 +41,14 @@ def require_new_run(folder: Path, *, overwrite: bool) -> None:
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     """The config with local paths made absolute, so that a run can be resumed from anywhere."""
 
-    def absolute(spec: str | None) -> str | None:
-        return str(Path(spec).resolve()) if spec is not None and Path(spec).exists() else spec
+    def absolute(spec: str) -> str:
+        return str(Path(spec).resolve()) if Path(spec).exists() else spec
 
-    data = dataclasses.replace(
-        config.data, train=absolute(config.data.train), validation=absolute(config.data.validation)
+    data, model = config.data, config.model
+    validation = None if data.validation is None else absolute(data.validation)
+    pretrained = None if model.pretrained is None else absolute(model.pretrained)
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(data, train=absolute(data.train), validation=validation),
+        model=dataclasses.replace(model, pretrained=pretrained),
     )
-    model = dataclasses.replace(config.model, pretrained=absolute(config.model.pretrained))
-    return dataclasses.replace(config, data=data, model=model)

@@ -50,12 +50,16 @@ def validate(
 
 @torch.no_grad()
 def estimate_scaling_factor(vae: AutoencoderKL, photos: Tensor, device: torch.device) -> float:
-    """Return 1 / standard deviation of all posterior means of photos, pooled, which gives the latents unit variance.
+    """Return 1 / standard deviation of all elements of z ~ q(z|x) over photos: it gives latents unit variance.
+
+    The variance is that of the means plus the posterior's own, so nothing is drawn.
 
     Source: Rombach et al., arXiv 2112.10752, appendix G.
     """
-    means = [vae.encode(photo.to(device)).latent_dist.mean.double().cpu() for photo in photos.split(1)]
-    return 1.0 / float(torch.cat(means).std())
+    posteriors = [vae.encode(photo.to(device)).latent_dist for photo in photos.split(1)]
+    means = torch.cat([posterior.mean.double().cpu() for posterior in posteriors])
+    variances = torch.cat([posterior.var.double().cpu() for posterior in posteriors])
+    return float((means.var(unbiased=False) + variances.mean()).rsqrt())
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
