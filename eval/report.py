@@ -123,9 +123,10 @@ def write_report(
 
 
 def _values_per_latent(evaluation: Evaluation) -> float | None:
-    """How many pixel values one latent value of the first row stands for, in the first photo."""
+    """How many pixel values one latent value of the first row stands for; None where that depends on the photo."""
     photo, shape = evaluation.photos[0], evaluation.rows[0].photos[0].latent_shape
-    return None if shape is None else 3 * photo.width * photo.height / math.prod(shape)
+    sizes = {(other.width, other.height) for other in evaluation.photos}
+    return None if shape is None or len(sizes) > 1 else 3 * photo.width * photo.height / math.prod(shape)
 
 
 def _section_to_dict(section: Section) -> dict[str, Any]:

@@ -127,6 +127,15 @@ def test_report_says_that_it_shows_the_first_photos_only(write):
     assert "The first 2 of 3 photos are shown" in page.text
 
 
+def test_report_tells_the_latent_shape_where_all_photos_share_it(write, tiny_vae, photos):
+    squares, _ = write(evaluate([tiny_vae], photos, size=24), folder="squares")
+    sizes, _ = write(evaluate([tiny_vae], photos), folder="sizes")
+
+    assert "4×12×12" in squares.texts
+    assert "3 : 1" in squares.texts
+    assert "Pixel to latent values" not in sizes.texts
+
+
 def test_report_shrinks_pictures_to_the_page(write):
     page, _ = write()
 
