@@ -22,7 +22,7 @@ __all__ = ["Args", "output_stems", "run"]
 
 
 MAX_LISTED = 3
-"""Unreadable pictures named in an error."""
+"""Pictures named in an error or in the report's origin."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,8 +145,13 @@ def _require_readable(paths: Iterable[Path]) -> None:
         except UserError as error:
             problems.append(str(error).rstrip("."))
     if problems:
-        more = f"; and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
-        raise UserError("; ".join(problems[:MAX_LISTED]) + more + ".")
+        raise UserError(f"{_some(problems, '; ')}.")
+
+
+def _some(items: list[str], separator: str) -> str:
+    """The first few, and how many more there are."""
+    more = [f"and {len(items) - MAX_LISTED} more"] if len(items) > MAX_LISTED else []
+    return separator.join(items[:MAX_LISTED] + more)
 
 
 def _device(name: str) -> str:
@@ -184,7 +189,7 @@ def _provenance(args: Args, device: str) -> dict[str, str]:
 
     return {
         "VAE": args.vae,
-        "Pictures": ", ".join(str(path) for path in args.images),
+        "Pictures": _some([str(path) for path in args.images], ", "),
         "Computed in": f"{args.dtype} on {device}",
         "Versions": f"sd-vae {sd_vae.__version__}, torch {torch.__version__}, diffusers {diffusers.__version__}, "
         f"Python {platform.python_version()}",

@@ -1,6 +1,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import skimage.data
@@ -261,6 +263,39 @@ def test_output_stems_never_fall_on_one_another():
     assert len(set(files)) == len(files) == 14
     assert stems["a/x.png"] == "x"
     assert stems["b/x.jpg"] == "x-2"
+
+
+def test_reconstruct_names_few_of_many_unreadable_pictures(vae_folder, tmp_path, capsys):
+    for index in range(5):
+        (tmp_path / f"{index}.png").write_text("no picture")
+
+    code = reconstruct(vae_folder, tmp_path, "--out", tmp_path / "out")
+
+    error = capsys.readouterr().err
+    assert code == 2
+    assert "2.png" in error
+    assert "3.png" not in error
+    assert "and 2 more." in error
+
+
+def test_reconstruct_runs_in_a_process_of_its_own(vae_folder, pictures, tmp_path):
+    command = [sys.executable, "-m", "sd_vae", "reconstruct", vae_folder, pictures, "--out", tmp_path / "out"]
+
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
+    assert "mean" in done.stdout
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_reconstruct_help_imports_neither_torch_nor_diffusers():
+    code = (
+        "import sys, contextlib; from sd_vae.cli import main\n"
+        "with contextlib.suppress(SystemExit): main(['reconstruct', '--help'])\n"
+        "sys.exit(bool({'torch', 'diffusers', 'matplotlib', 'skimage'} & set(sys.modules)))"
+    )
+
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
 
 
 def test_reconstruct_help_names_its_arguments(capsys):

@@ -141,9 +141,12 @@ def test_evaluation_as_plain_values_is_the_same_for_two_runs(two_vaes, photos, t
 def test_evaluation_keeps_time_and_pictures_out_of_its_plain_values(tiny_vae, photos):
     result = evaluate([tiny_vae], photos)
 
-    assert set(result.to_dict()) == {"size", "metrics", "photos", "rows"}
+    plain = result.to_dict()
+    assert set(plain) == {"size", "metrics", "photos", "rows"}
+    assert set(plain["rows"][0]) == {"name", "kind", "means", "latents", "photos"}
+    assert set(plain["rows"][0]["photos"][0]) == {"name", "metrics", "latent_shape"}
     assert result.speed["model 1"].photos_per_s == pytest.approx(3 / result.speed["model 1"].seconds)
-    json.dumps(result.to_dict())
+    json.dumps(plain)
 
 
 def test_evaluation_names_the_best_rows(two_vaes, photos, perceptual):
