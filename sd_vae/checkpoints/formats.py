@@ -152,16 +152,11 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     wrong = [f"{key!r}: {value!r}" for key, value in texts.items() if not (type(key) is type(value) is str)]
     if wrong:
         raise UserError(f"metadata must map text to text, not {', '.join(wrong)}; convert the values with str or json.")
+    row_major = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}  # the format's order
     try:
-        save_file({name: _packed(tensor) for name, tensor in tensors.items()}, path, {**texts, "format": "pt"})
+        save_file(row_major, path, {**texts, "format": "pt"})
     except SafetensorError as error:
         raise UserError(f"cannot write {path} ({error}); check the disk and its free space.") from error
-
-
-def _packed(tensor: Tensor) -> Tensor:
-    """The tensor on the CPU, row-major and alone in its storage, as safetensors wants it."""
-    packed = tensor.detach().cpu().contiguous()
-    return packed if packed.untyped_storage().nbytes() == packed.nbytes else packed.clone()
 
 
 def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
