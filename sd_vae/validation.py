@@ -6,9 +6,10 @@ rules that a dataclass raises in `__post_init__`.
 
 import dataclasses
 import difflib
+import functools
 import json
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from sd_vae.errors import UserError
 
@@ -31,14 +32,22 @@ def from_plain(cls: type[T], values: Mapping[str, Any], *, source: str) -> T:
     Raises:
         UserError: One line with every problem: its path, its value, the remedy.
     """
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     try:
         # Through JSON, because in strict mode only JSON's lists may become tuples.
-        return TypeAdapter(cls).validate_json(json.dumps(values, default=str))
+        return cast("T", _adapter(cls).validate_json(json.dumps(values, default=str)))
     except ValidationError as error:
         problems = [_describe(cls, item) for item in error.errors()]
         raise UserError(f"{source}: {'; '.join(dict.fromkeys(problems))}.") from None
+
+
+@functools.cache
+def _adapter(cls: type[Any]) -> Any:
+    """Pydantic's validator of a dataclass; building one takes milliseconds."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(cls)
 
 
 def _describe(cls: type[Any], item: Any) -> str:

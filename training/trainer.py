@@ -191,16 +191,16 @@ class Trainer:
         Raises:
             UserError: The loss is not finite.
         """
-        means: dict[str, float] = {name: float(self.accelerator.reduce(value, "mean")) for name, value in terms.items()}
+        means = {name: float(self.accelerator.reduce(value, "mean")) for name, value in terms.items()}
         if not math.isfinite(means["loss"]):
             raise UserError(
                 f"the loss is {means['loss']} at step {self.progress.step}; lower optim.lr or use mixed_precision no "
                 f"or bf16, and go on from the last good checkpoint with --resume {self.folder}."
             )
-        values: dict[str, float] = {
+        values = {
             "samples": self.progress.samples,
             **means,
-            "lr": self.schedule.get_last_lr()[0],
+            "lr": float(self.schedule.get_last_lr()[0]),
             "images_per_s": self._samples_per_step / duration_s,
         }
         if log is not None:

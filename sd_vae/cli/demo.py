@@ -221,7 +221,7 @@ def _evaluate_and_report(
     rows = read_metrics(out / "run" / "metrics.jsonl")
     names = {"loss": "loss", "reconstruction": "L2", config.loss.perceptual.net: config.loss.perceptual.net}
     names |= {"kl": "KL", "validation/psnr_db": "validation PSNR, dB"}
-    curves = {label: [(row["step"], row[key]) for row in rows if key in row] for key, label in names.items()}
+    curves = {label: [(int(row["step"]), row[key]) for row in rows if key in row] for key, label in names.items()}
     checks = Section(
         title="What was checked",
         text=["The trained folder was opened by plain diffusers and run in two of its pipelines, as vae=."],

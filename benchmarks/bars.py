@@ -1,0 +1,182 @@
+"""`make bars`: the bars that need ../shared, minutes of CPU or a GPU, measured and appended to benchmarks/bars.md.
+
+Each bar is a function that returns its figure and whether it is met; one that cannot run here says why and is recorded
+as not run. `python -m benchmarks.bars NAME ...` runs some of them.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sd_vae.files import write_text
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+TABLE = ROOT / "benchmarks" / "bars.md"
+HEAD = """# Bars
+
+Appended by `make bars`; the newest run is last. A bar that could not run says why.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What came of one bar."""
+
+    met: bool | None
+    """None where it could not run."""
+    figure: str
+    """What was measured, or why it was not."""
+
+
+def sd1_parity() -> Result:
+    """The full sd1 preset against diffusers: 512x512, outputs, moments, and gradients at 256x256, bar 1e-5."""
+    from sd_vae.autoencoder import AutoencoderKL
+
+    torch.manual_seed(0)
+    ours = AutoencoderKL.from_preset("sd1")
+    theirs = ours.to_diffusers()
+    x = torch.rand(1, 3, 512, 512) * 2 - 1
+    worst = {}
+    with torch.no_grad():
+        moments = [vae.encode(x).latent_dist.parameters for vae in (ours, theirs)]
+        worst["moments"] = _relative(*moments)
+        z = moments[1][:, :4]
+        worst["decode"] = _relative(ours.decode(z).sample, theirs.decode(z).sample)
+    gradients = []
+    for vae in (ours, theirs):
+        posterior = vae.encode(x[..., :256, :256]).latent_dist
+        (vae.decode(posterior.mean).sample.square().mean() + 1e-6 * posterior.kl().mean()).backward()
+        # Both hold the same parameters, so the gradient is taken away before the other's turn.
+        gradients.append({name: parameter.grad for name, parameter in vae.named_parameters()})
+        vae.zero_grad(set_to_none=True)
+    worst["gradients"] = max(_relative(gradients[0][name], value) for name, value in gradients[1].items())
+    figure = ", ".join(f"{name} {value:.1e}" for name, value in worst.items()) + " of the largest magnitude (bar 1e-5)"
+    return Result(met=max(worst.values()) <= 1e-5, figure=figure)
+
+
+def upstream_conformance() -> Result:
+    """Diffusers' own tests with our class in place of theirs: the same outcome test by test."""
+    tests = os.environ.get("DIFFUSERS_TESTS")
+    if not tests:
+        return Result(met=None, figure="not run: set DIFFUSERS_TESTS to the tests/ of a diffusers checkout")
+    command = [sys.executable, "benchmarks/upstream_conformance.py", "--diffusers-tests", tests, "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode not in (0, 1):
+        return Result(met=None, figure=f"not run: {done.stderr.strip()[-200:]}")
+    found = json.loads(done.stdout)
+    counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(found["counts"]["sd_vae"].items()))
+    return Result(met=done.returncode == 0, figure=f"{counts}; {len(found['different'])} differ from diffusers")
+
+
+def shared_tests() -> Result:
+    """The tests that need ../shared: LPIPS value and gradient on Kodak pairs, the 248 names."""
+    if not SHARED.is_dir():
+        return Result(met=None, figure="not run: needs the folder shared/ beside the checkout")
+    command = [sys.executable, "-m", "pytest", "-m", "shared", "-q", "-rs"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return Result(met=done.returncode == 0, figure=f"pytest -m shared: {done.stdout.strip().splitlines()[-1]}")
+
+
+def demo() -> Result:
+    """`sd-vae demo`: held-out PSNR at least 1 dB above 32x32 box averages, latents that matter, same numbers twice."""
+    with tempfile.TemporaryDirectory() as folder:
+        reports = []
+        durations = []
+        for name in ("one", "two"):
+            started = time.perf_counter()
+            command = [sys.executable, "-m", "sd_vae", "demo", "--out", f"{folder}/{name}", "--json"]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+            if done.returncode:
+                return Result(met=False, figure=f"exit code {done.returncode}: {done.stderr.strip()[-200:]}")
+            durations.append(time.perf_counter() - started)
+            reports.append(json.loads(done.stdout))
+    report = reports[0]
+    psnr = {row["name"]: row["means"]["psnr_db"] for row in report["evaluation"]["rows"]}
+    facts = next(part["facts"] for part in report["sections"] if part["title"] == "What was checked")
+    swapped = [float(value.split()[0]) for name, value in facts.items() if name.startswith("PSNR from")]
+    difference = float(facts["Difference to plain diffusers"].split()[0])
+    above = psnr["trained"] - psnr["32x32 box average"]
+    same = reports[0]["evaluation"] == reports[1]["evaluation"]
+    figure = (
+        f"{psnr['trained']:.2f} dB, {above:+.2f} to the 32x32 box average (bar +1), "
+        f"{psnr['trained'] - psnr['16x16 box average']:+.2f} to the 16x16 one (aim 0); zeros and swapped latents lose "
+        f"{psnr['trained'] - max(swapped):.1f} dB or more (bar 5); diffusers differs by {difference:.1e} (bar 1e-5); "
+        f"{max(durations):.0f} s (bar 300); two runs {'equal' if same else 'differ'}"
+    )
+    met = above >= 1 and psnr["trained"] - max(swapped) >= 5 and difference <= 1e-5 and same and max(durations) <= 300
+    return Result(met=met, figure=figure)
+
+
+BARS: dict[str, Callable[[], Result]] = {
+    "sd1_parity": sd1_parity,
+    "upstream_conformance": upstream_conformance,
+    "shared_tests": shared_tests,
+    "demo": demo,
+}
+
+
+def main() -> int:
+    """Run bars, append the table, and return 1 where one is missed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BARS)}; all by default")
+    names = parser.parse_args().names or list(BARS)
+    unknown = [name for name in names if name not in BARS]
+    if unknown:
+        parser.error(f"unknown bar {unknown[0]!r}; choose from {', '.join(BARS)}")
+    results = {}
+    for name in names:
+        print(f"{name} ...", flush=True)
+        results[name] = BARS[name]()
+        print(f"{name}: {_verdict(results[name])}: {results[name].figure}", flush=True)
+    append(results)
+    return int(any(result.met is False for result in results.values()))
+
+
+def append(results: dict[str, Result]) -> None:
+    """Add a dated table to benchmarks/bars.md."""
+    command = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    rows = [f"| {name} | {_verdict(result)} | {result.figure} |" for name, result in results.items()]
+    lines = [
+        f"## {datetime.date.today().isoformat()}, commit {commit}",
+        "",
+        f"{_machine()}; torch {torch.__version__}",
+        "",
+        "| bar | verdict | figure |",
+        "|---|---|---|",
+        *rows,
+    ]
+    text = TABLE.read_text(encoding="utf-8") if TABLE.exists() else HEAD
+    write_text(TABLE, text + "\n" + "\n".join(lines) + "\n")
+
+
+def _verdict(result: Result) -> str:
+    return {True: "met", False: "MISSED", None: "not run"}[result.met]
+
+
+def _machine() -> str:
+    """Kind of machine, without its name."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name(0)
+    return f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Largest difference relative to the largest magnitude."""
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
