@@ -71,14 +71,17 @@ def test_lpips_of_flat_images_has_a_finite_gradient(alex):
     assert recon.grad.isfinite().all()
 
 
-def test_lpips_gradient_reaches_the_reconstruction_alone(alex):
+@pytest.mark.parametrize("net", ["alex", "ms_ssim"])
+def test_perceptual_gradient_reaches_the_reconstruction_alone(net, standin):
+    backbone = str(standin("alex")) if net == "alex" else None
+    perceptual = build_perceptual(PerceptualConfig(net=net, backbone=backbone))
     x, recon = (image.requires_grad_() for image in random_pair())
 
-    alex(recon, x).sum().backward()
+    perceptual(recon, x).sum().backward()
 
     assert recon.grad.abs().max() > 0
     assert x.grad is None
-    assert all(parameter.grad is None for parameter in alex.parameters())
+    assert all(parameter.grad is None for parameter in perceptual.parameters())
 
 
 def test_lpips_keeps_no_graph_of_the_target(alex):
