@@ -16,8 +16,6 @@ ARCHITECTURES = {
     "vgg": torchvision.models.vgg16,
 }
 
-SHARED_FILES = {"alex": "alexnet_features_torchvision.pth", "squeeze": "squeezenet1_1_features_torchvision.pth"}
-
 
 def random_features(net: str) -> dict[str, torch.Tensor]:
     """Features of torchvision's network, randomly initialised, under the names of a whole checkpoint."""
