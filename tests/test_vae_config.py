@@ -164,7 +164,9 @@ def test_import_is_cheap(module) -> None:
 
 
 def test_help_of_the_command_line_is_cheap() -> None:
-    script = "import sys; from sd_vae.cli import main; main(['--help']); print({'torch', 'diffusers'} & set(sys.modules))"
+    script = (
+        "import sys; from sd_vae.cli import main; main(['--help']); print({'torch', 'diffusers'} & set(sys.modules))"
+    )
 
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
 
