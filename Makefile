@@ -11,7 +11,7 @@ demo: $(INSTALLED)
 
 # What CI holds: format, lint, types, layers, tests with warnings as errors.
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check --quiet .
@@ -21,7 +21,7 @@ lint: $(INSTALLED)
 
 # Also the tests that take minutes.
 test-all: lint
-	$(BIN)/python -m pytest -m "slow or not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "slow or not slow"
 
 # Bars that need the photos and weights in ../shared, minutes of CPU, or a GPU; appends to benchmarks/bars.md.
 bars: $(INSTALLED)

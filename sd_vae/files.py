@@ -15,7 +15,15 @@ from typing import Any
 
 from sd_vae.errors import UserError
 
-__all__ = ["atomic_file", "atomic_folder", "read_json", "read_text", "require_writable_target", "write_json", "write_text"]
+__all__ = [
+    "atomic_file",
+    "atomic_folder",
+    "read_json",
+    "read_text",
+    "require_writable_target",
+    "write_json",
+    "write_text",
+]
 
 
 @contextmanager

@@ -36,6 +36,8 @@ class ModelConfig:
 
     preset: str = "sd1"
     """Architecture with random weights: sd1, sdxl, sd3, flux or mini. Not used with `pretrained`."""
+    init: Literal["default", "near_identity"] = "default"
+    """Random weights to start from: PyTorch's, or `near_identity`, which learns many times faster at the beginning."""
     pretrained: str | None = None
     """Weights to start from: folder, file or hub id, in any layout that `sd_vae.load_vae` reads."""
     trainable: Literal["all", "decoder"] = "all"

@@ -24,6 +24,7 @@ from sd_vae.checkpoints import load_vae, save_vae
 from sd_vae.data import Batch, open_source, posterior_noise, training_loader
 from sd_vae.errors import UserError
 from sd_vae.files import write_json, write_text
+from sd_vae.initialization import start_near_identity_
 from sd_vae.losses import Objective
 
 from .checkpoint import Progress, load_checkpoint, newest_checkpoint, save_checkpoint
@@ -257,6 +258,8 @@ class Trainer:
             with torch.random.fork_rng():
                 torch.manual_seed(self.config.seed)
                 vae = AutoencoderKL.from_preset(model.preset, sample_size=self.config.data.size)
+                if model.init == "near_identity":
+                    start_near_identity_(vae)
         if self.config.data.size % vae.factor:
             raise UserError(f"data.size is {self.config.data.size}, it must be a multiple of the factor {vae.factor}.")
         if model.gradient_checkpointing:
