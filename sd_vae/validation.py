@@ -36,7 +36,7 @@ def from_plain(cls: type[T], values: Mapping[str, Any], *, source: str) -> T:
 
     try:
         # Through JSON, because in strict mode only JSON's lists may become tuples.
-        return cast(T, _adapter(cls).validate_json(json.dumps(values, default=str)))
+        return cast("T", _adapter(cast("Any", cls)).validate_json(json.dumps(values, default=str)))
     except ValidationError as error:
         problems = [_describe(cls, item) for item in error.errors()]
         raise UserError(f"{source}: {'; '.join(dict.fromkeys(problems))}.") from None

@@ -37,7 +37,7 @@ from .run_folder import RunResult, require_new_run, with_absolute_paths
 from .step import TrainingForward, freeze
 from .validation import estimate_scaling_factor, load_photos, save_picture, validate
 
-__all__ = ["Trainer", "resume", "train"]
+__all__ = ["Trainer", "initial_vae", "resume", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +74,19 @@ def resume(folder: str | Path) -> RunResult:
         raise UserError(f"{folder} is finished (it has a report.json); its VAE is {folder / 'vae'}.")
     config = dataclasses.replace(load_recipe(folder / "config.yaml"), out=str(folder))
     return Trainer(config, checkpoint=newest_checkpoint(folder / "checkpoints")).fit()
+
+
+def initial_vae(config: TrainConfig) -> AutoencoderKL:
+    """Return the VAE that a run starts from: other weights, or a preset's random ones, drawn from the run's seed."""
+    model = config.model
+    if model.pretrained:
+        return load_vae(model.pretrained, dtype=torch.float32)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        vae = AutoencoderKL.from_preset(model.preset, sample_size=config.data.size)
+        if model.init == "near_identity":
+            start_near_identity_(vae)
+    return vae.eval()
 
 
 class Trainer:
@@ -250,19 +263,11 @@ class Trainer:
     # ---- beginning and end
 
     def _build_vae(self) -> AutoencoderKL:
-        """The network to train: a preset with random weights, or weights to start from, in fp32."""
-        model = self.config.model
-        if model.pretrained:
-            vae = load_vae(model.pretrained, dtype=torch.float32)
-        else:
-            with torch.random.fork_rng():
-                torch.manual_seed(self.config.seed)
-                vae = AutoencoderKL.from_preset(model.preset, sample_size=self.config.data.size)
-                if model.init == "near_identity":
-                    start_near_identity_(vae)
+        """The network to train, in fp32 on the device."""
+        vae = initial_vae(self.config)
         if self.config.data.size % vae.factor:
             raise UserError(f"data.size is {self.config.data.size}, it must be a multiple of the factor {vae.factor}.")
-        if model.gradient_checkpointing:
+        if self.config.model.gradient_checkpointing:
             vae.enable_gradient_checkpointing()
         return vae.to(self.accelerator.device, memory_format=self._memory_format).train()
 

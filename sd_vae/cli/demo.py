@@ -77,14 +77,14 @@ def run(argv: list[str]) -> None:
     result = train(config)
 
     say("3/5 opening the trained folder with plain diffusers")
-    ours, untrained, in_diffusers = _load_models(result.vae, config.seed, config.model.preset)
+    ours, in_diffusers = _load(result.vae)
 
     say("4/5 running it as vae= of Stable Diffusion pipelines (text to image, image to image)")
     in_pipelines = _check_pipelines(ours, result.vae)
 
     say("5/5 evaluating the held-out photos at 512x512 to 64x64x4 latents and back")
     differences = {"diffusers": in_diffusers, "pipelines": in_pipelines}
-    evaluation = _evaluate_and_report(args.out, ours, untrained, config, differences)
+    evaluation = _evaluate_and_report(args.out, ours, config, differences)
     if args.json:
         print_json(read_json(args.out / "report.json"))
     else:
@@ -125,27 +125,23 @@ def _write_photos(folder: Path) -> None:
         Image.fromarray(pixels).save(path)
 
 
-def _load_models(folder: Path, seed: int, preset: str) -> tuple[AutoencoderKL, AutoencoderKL, float]:
-    """The trained VAE, one with the random weights it began with, and the largest difference to plain diffusers.
+def _load(folder: Path) -> tuple[AutoencoderKL, float]:
+    """The trained VAE, and how far plain diffusers is from it.
 
-    The difference is relative to the largest magnitude, over posterior moments and decoded picture.
+    That is the largest difference over posterior moments and decoded picture, relative to the largest magnitude.
     """
     import diffusers
     import torch
 
     ours = sd_vae.load_vae(folder)
     theirs = diffusers.AutoencoderKL.from_pretrained(folder).eval()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        untrained = sd_vae.AutoencoderKL.from_preset(preset).eval()
     x = torch.linspace(-1, 1, 3 * 64 * 64).reshape(1, 3, 64, 64)
     with torch.inference_mode():
-        pairs = [(vae.encode(x).latent_dist.parameters, vae) for vae in (ours, theirs)]
-        z = pairs[1][0].chunk(2, dim=1)[0]
-        outputs = [(moments, vae.decode(z).sample) for moments, vae in pairs]
+        z = ours.encode(x).latent_dist.mean
+        outputs = [(vae.encode(x).latent_dist.parameters, vae.decode(z).sample) for vae in (ours, theirs)]
     difference = _largest_difference(*outputs)
     say(f"  largest difference to our class: {difference:.1e} of the largest magnitude")
-    return ours, untrained, difference
+    return ours, difference
 
 
 def _check_pipelines(ours: AutoencoderKL, folder: Path) -> float:
@@ -199,7 +195,7 @@ def _largest_difference(ours: Sequence[Any], theirs: Sequence[Any]) -> float:
 
 
 def _evaluate_and_report(
-    out: Path, ours: AutoencoderKL, untrained: AutoencoderKL, config: TrainConfig, differences: Mapping[str, float]
+    out: Path, ours: AutoencoderKL, config: TrainConfig, differences: Mapping[str, float]
 ) -> Evaluation:
     """Evaluate the held-out photos, write report.html and report.json."""
     from eval import evaluate
@@ -207,10 +203,11 @@ def _evaluate_and_report(
     from eval.sanity import shuffled_latents_psnr_db, zero_latents_psnr_db
     from sd_vae.losses import PerceptualConfig, build_perceptual
     from training.records import read_metrics, versions
+    from training.trainer import initial_vae
 
     held_out = out / "photos" / "held_out"
     evaluation = evaluate(
-        {"trained": ours, "untrained": untrained},
+        {"trained": ours, "untrained": initial_vae(config)},
         held_out,
         size=SIZE,
         perceptual=build_perceptual(PerceptualConfig(net="ms_ssim")),
