@@ -30,24 +30,3 @@ def test_near_identity_passes_a_feature_map_through_every_block(tiny_vae: Autoen
     h = torch.randn(1, 16, 4, 4)
     torch.testing.assert_close(middle(h), h, rtol=0, atol=0)
     torch.testing.assert_close(doubled, F.interpolate(doubled[..., ::2, ::2], scale_factor=2.0), rtol=0, atol=0)
-
-
-def test_near_identity_learns_faster_than_the_default() -> None:
-    x = F.interpolate(torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1, size=(32, 32))
-    errors = []
-    for near_identity in (True, False):
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            vae = AutoencoderKL.from_preset("mini")
-            if near_identity:
-                start_near_identity_(vae)
-        optimizer = torch.optim.AdamW(vae.parameters(), lr=3e-4)
-        for _ in range(12):
-            error = (vae(x).sample - x).square().mean()
-            error.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        errors.append(float(error.detach()))
-
-    # measured 0.13 and 0.25 after 12 steps
-    assert errors[0] < 0.75 * errors[1]
