@@ -7,6 +7,7 @@
 
 import logging
 import os
+import pickle
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +24,11 @@ from sd_vae.files import atomic_folder, read_json, write_json
 __all__ = ["Progress", "load_checkpoint", "newest_checkpoint", "save_checkpoint"]
 
 FORMAT_VERSION = 1
+
+_DAMAGE = (
+    *(OSError, EOFError, SafetensorError, RuntimeError, pickle.UnpicklingError),  # of a file
+    *(KeyError, ValueError, TypeError, AttributeError),  # of what is in it
+)
 
 logger = logging.getLogger(__name__)
 
@@ -56,12 +62,18 @@ def save_checkpoint(
         UserError: It cannot be written; checkpoints that were there stay.
     """
     path = folder / f"step-{progress.step:07d}"
-    with atomic_folder(path, overwrite=True) as temporary:
-        for name, model in models.items():
-            tensors = {key: value.contiguous() for key, value in model.state_dict().items()}
-            save_file(tensors, temporary / f"{name}.safetensors", metadata={"format": "pt"})
-        torch.save({name: state.state_dict() for name, state in states.items()}, temporary / "optimizer.pt")
-        write_json(temporary / "state.json", {"format_version": FORMAT_VERSION, **asdict(progress)})
+    try:
+        with atomic_folder(path, overwrite=True) as temporary:
+            for name, model in models.items():
+                tensors = {key: value.contiguous() for key, value in model.state_dict().items()}
+                save_file(tensors, temporary / f"{name}.safetensors", metadata={"format": "pt"})
+            torch.save({name: state.state_dict() for name, state in states.items()}, temporary / "optimizer.pt")
+            write_json(temporary / "state.json", {"format_version": FORMAT_VERSION, **asdict(progress)})
+    except (SafetensorError, RuntimeError) as error:  # what safetensors and torch raise on a full disk
+        raise UserError(
+            f"cannot write {path}: {_reason(error)}; check the disk and its free space, then go on from the "
+            f"checkpoint before: --resume {folder.parent}."
+        ) from error
     _link_last(path)
     for old in _complete(folder)[:-keep]:
         shutil.rmtree(old)
@@ -75,9 +87,10 @@ def load_checkpoint(path: Path, models: dict[str, nn.Module], states: dict[str, 
         UserError: A file is missing or damaged, or belongs to another model or format.
     """
     state = read_json(path / "state.json")
-    if state.get("format_version") != FORMAT_VERSION:
+    found = state.get("format_version") if isinstance(state, dict) else None
+    if found != FORMAT_VERSION:
         raise UserError(
-            f"{path} has checkpoint format {state.get('format_version')}, this version reads {FORMAT_VERSION}; "
+            f"{path} has checkpoint format {found}, this version reads {FORMAT_VERSION}; "
             "resume with the version that wrote it."
         )
     try:
@@ -86,10 +99,16 @@ def load_checkpoint(path: Path, models: dict[str, nn.Module], states: dict[str, 
         loaded = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
         for name, item in states.items():
             item.load_state_dict(loaded[name])
-    except (OSError, SafetensorError, RuntimeError, KeyError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"cannot resume from {path}: {reason}; remove it to resume from the one before.") from error
-    return Progress(step=state["step"], samples=state["samples"])
+        return Progress(step=int(state["step"]), samples=int(state["samples"]))
+    except _DAMAGE as error:
+        raise UserError(
+            f"cannot resume from {path}: {_reason(error)}; remove it to resume from the one before."
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """An error's words on one line, not too many; its kind where it has none."""
+    return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
 
 
 def newest_checkpoint(folder: Path) -> Path:

@@ -5,6 +5,7 @@ keys and wrong types are reported together, with the nearest known key.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -87,15 +88,14 @@ class OptimConfig:
             UserError: Lists every value out of range.
         """
         problems = []
-        if not self.lr > 0:
-            problems.append(f"optim.lr is {self.lr}, it must be above 0")
+        for name in ("lr", "eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                problems.append(f"optim.{name} is {getattr(self, name)}, it must be a finite number above 0")
         if not all(0 <= beta < 1 for beta in self.betas):
             problems.append(f"optim.betas is {list(self.betas)}, both must be in [0, 1)")
         for name in ("weight_decay", "warmup_steps", "max_grad_norm"):
-            if getattr(self, name) < 0:
-                problems.append(f"optim.{name} is {getattr(self, name)}, it must not be negative")
-        if not self.eps > 0:
-            problems.append(f"optim.eps is {self.eps}, it must be above 0")
+            if not 0 <= getattr(self, name) < math.inf:
+                problems.append(f"optim.{name} is {getattr(self, name)}, it must be a finite number >= 0")
         if problems:
             raise UserError("; ".join(problems) + ".")
 
@@ -150,8 +150,8 @@ class TrainConfig:
                 problems.append(f"{name} is {getattr(self, name)}, it must be at least 1")
         if not 0 <= self.ema_decay < 1:
             problems.append(f"ema_decay is {self.ema_decay}, it must be in [0, 1)")
-        if self.seed < 0:
-            problems.append(f"seed is {self.seed}, it must not be negative")
+        if not 0 <= self.seed < 2**63:
+            problems.append(f"seed is {self.seed}, it must be in [0, 2^63)")
         if problems:
             raise UserError("; ".join(problems) + ".")
 
@@ -175,7 +175,7 @@ def load_recipe(recipe: str | Path) -> TrainConfig:
     """
     path = Path(recipe)
     shipped = {entry.stem: entry for entry in sorted(RECIPES.glob("*.yaml"))}
-    if not path.exists() and str(recipe) in shipped:
+    if not path.is_file() and str(recipe) in shipped:  # a folder may bear the name of a recipe
         path = shipped[str(recipe)]
     if not path.exists():
         raise UserError(f"there is no recipe {recipe}; give a YAML file or one of: {', '.join(shipped)}.")

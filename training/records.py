@@ -7,7 +7,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from sd_vae.files import read_text, write_text
+from sd_vae.errors import UserError
+from sd_vae.files import file_errors, read_text, write_text
 
 from .config import TrainConfig
 
@@ -31,28 +32,42 @@ class MetricsLog:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            with file_errors("write", folder / "tensorboard"):
+                self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append one row and flush it."""
-        with self.path.open("a", encoding="utf-8") as file:
+        with file_errors("write", self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
+            with file_errors("write", self.path.parent / "tensorboard"):
+                for name, value in values.items():
+                    self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Finish the events file."""
         if self._writer is not None:
-            self._writer.close()
+            with file_errors("write", self.path.parent / "tensorboard"):
+                self._writer.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Return the rows of a `metrics.jsonl`; a last line that a crash cut off is left out."""
+    """Return the rows of a `metrics.jsonl`; a last line that a crash cut off is left out.
+
+    Raises:
+        UserError: Another line is no row, or the file cannot be read.
+    """
     rows = []
-    for line in read_text(path).splitlines():
-        if line.endswith("}"):
-            rows.append(json.loads(line))
+    lines = read_text(path).splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            row["step"] + 0
+        except (ValueError, KeyError, TypeError):
+            if number == len(lines):
+                break
+            raise UserError(f"{path} line {number} is not a row of metrics: {line[:40]!r}; remove it.") from None
+        rows.append(row)
     return rows
 
 

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from sd_vae.errors import UserError
-from sd_vae.files import require_writable_target
+from sd_vae.files import make_folder, require_own_folder
 
 from .config import TrainConfig
 
-__all__ = ["RunResult", "require_new_run", "with_absolute_paths"]
+__all__ = ["RunResult", "make_run_folder", "require_new_run", "with_absolute_paths"]
+
+OWN = ("config.yaml", "metrics.jsonl", "samples", "checkpoints", "tensorboard", "vae", "report.json")
+"""What a run writes; a folder that holds anything else is never replaced."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,27 +31,61 @@ class RunResult:
         return self.folder / "vae"
 
 
-def require_new_run(folder: Path, *, overwrite: bool) -> None:
-    """Check that a run may start in `folder`, and remove the run that is there when asked to."""
-    is_run = (folder / "config.yaml").is_file()
-    if overwrite and folder.exists() and any(folder.iterdir()) and not is_run:
-        raise UserError(f"{folder} exists and is not a run folder, so it is not replaced; choose another --out.")
-    require_writable_target(folder, overwrite=overwrite)
-    if is_run:
+def require_new_run(config: TrainConfig, *, overwrite: bool) -> None:
+    """Check that a run may start in its `out`; nothing is removed yet.
+
+    Raises:
+        UserError: Something is there, it is no run, it cannot be written, or what the run reads lies in it (it would be
+            removed) or around it (the run would train on its own samples).
+    """
+    folder = Path(config.out)
+    require_own_folder(folder, OWN, kind="a run folder", overwrite=overwrite)
+    for name, source in _sources(config).items():
+        if source is None or not Path(source).exists():
+            continue
+        place, out = Path(source).resolve(), folder.resolve()
+        if place.is_relative_to(out):
+            raise UserError(f"{name} is {source}, inside out, {folder}, which is written anew; choose another --out.")
+        if out.is_relative_to(place) and name.startswith("data."):
+            raise UserError(
+                f"out is {folder}, inside {name}, {source}: the run's pictures would become data; choose another --out."
+            )
+
+
+def make_run_folder(folder: Path, *, is_new: bool) -> None:
+    """Make a run's folder, empty for a new run: `require_new_run` has looked at what is there.
+
+    Raises:
+        UserError: It cannot be made.
+    """
+    if is_new and folder.exists():
         shutil.rmtree(folder)
+    make_folder(folder)
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     """The config with local paths made absolute, so that a run can be resumed from anywhere."""
 
-    def absolute(spec: str) -> str:
-        return str(Path(spec).resolve()) if Path(spec).exists() else spec
+    def absolute(spec: str | None) -> str | None:
+        return str(Path(spec).resolve()) if spec is not None and Path(spec).exists() else spec
 
-    data, model = config.data, config.model
-    validation = None if data.validation is None else absolute(data.validation)
-    pretrained = None if model.pretrained is None else absolute(model.pretrained)
+    paths = {name: absolute(source) for name, source in _sources(config).items()}
+    perceptual = dataclasses.replace(config.loss.perceptual, backbone=paths["loss.perceptual.backbone"])
     return dataclasses.replace(
         config,
-        data=dataclasses.replace(data, train=absolute(data.train), validation=validation),
-        model=dataclasses.replace(model, pretrained=pretrained),
+        data=dataclasses.replace(
+            config.data, train=paths["data.train"] or config.data.train, validation=paths["data.validation"]
+        ),
+        model=dataclasses.replace(config.model, pretrained=paths["model.pretrained"]),
+        loss=dataclasses.replace(config.loss, perceptual=perceptual),
     )
+
+
+def _sources(config: TrainConfig) -> dict[str, str | None]:
+    """What a run reads, by the name of its field."""
+    return {
+        "data.train": config.data.train,
+        "data.validation": config.data.validation,
+        "model.pretrained": config.model.pretrained,
+        "loss.perceptual.backbone": config.loss.perceptual.backbone,
+    }

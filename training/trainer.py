@@ -33,9 +33,9 @@ from .distributed import StopRequest, build_accelerator, stop_on_signals
 from .ema import EMA
 from .optim import build_optimizer, build_schedule
 from .records import MetricsLog, model_card, versions
-from .run_folder import RunResult, require_new_run, with_absolute_paths
+from .run_folder import RunResult, make_run_folder, require_new_run, with_absolute_paths
 from .step import TrainingForward, freeze
-from .validation import estimate_scaling_factor, load_photos, save_picture, validate
+from .validation import estimate_scaling_factor, load_photos, require_readable, save_picture, validate
 
 __all__ = ["Trainer", "initial_vae", "resume", "train"]
 
@@ -101,13 +101,15 @@ class Trainer:
     def __init__(self, config: TrainConfig, *, checkpoint: Path | None = None, overwrite: bool = False) -> None:
         self.config = config
         self.folder = Path(config.out)
-        if checkpoint is None:
-            require_new_run(self.folder, overwrite=overwrite)
+        self.is_new = checkpoint is None
+        if self.is_new:
+            require_new_run(config, overwrite=overwrite)
         self.accelerator = build_accelerator(config)
         self.source = open_source(config.data.train, image_column=config.data.image_column)
+        require_readable(self.source)
         self.photos = self._load_validation_photos()
         self.vae = self._build_vae()
-        self.objective = Objective(config.loss).to(self.accelerator.device)
+        self.objective = self._build_objective()
         parameters = freeze(self.vae, config.model.trainable)
         optimizer = build_optimizer(parameters, config.optim)
         self.schedule = build_schedule(optimizer, config.optim, config.steps)
@@ -207,10 +209,7 @@ class Trainer:
         """
         means = {name: float(self.accelerator.reduce(value, "mean")) for name, value in terms.items()}
         if not math.isfinite(means["loss"]):
-            raise UserError(
-                f"the loss is {means['loss']} at step {self.progress.step}; lower optim.lr or use mixed_precision no "
-                f"or bf16, and go on from the last good checkpoint with --resume {self.folder}."
-            )
+            raise self._diverged(f"the loss is {means['loss']}")
         values = {
             "samples": self.progress.samples,
             **means,
@@ -230,12 +229,28 @@ class Trainer:
         log.write(self.progress.step, {f"validation/{name}": value for name, value in self.validation.items()})
 
     def _save(self) -> None:
-        """Write a checkpoint."""
+        """Write a checkpoint.
+
+        Raises:
+            UserError: Weights are not finite, so that nothing could go on from it.
+        """
+        if not all(bool(parameter.isfinite().all()) for parameter in self.parameters):
+            raise self._diverged("weights are not finite")
         if self._is_main:
             models, states = self._state()
             folder = self.folder / "checkpoints"
             save_checkpoint(folder, self.progress, models, states, keep=self.config.keep_checkpoints)
         self.accelerator.wait_for_everyone()
+
+    def _diverged(self, what: str) -> UserError:
+        remedy = "lower optim.lr or use mixed_precision no or bf16"
+        if any((self.folder / "checkpoints").glob("step-*")):
+            remedy += (
+                f" in {self.folder / 'config.yaml'}, and go on from the last good checkpoint: --resume {self.folder}"
+            )
+        else:
+            remedy += ", and start anew with --overwrite"
+        return UserError(f"{what} at step {self.progress.step}; {remedy}.")
 
     def _load(self, path: Path) -> None:
         models, states = self._state()
@@ -271,6 +286,14 @@ class Trainer:
             vae.enable_gradient_checkpointing()
         return vae.to(self.accelerator.device, memory_format=self._memory_format).train()
 
+    def _build_objective(self) -> Objective:
+        """The loss; crops too small for its perceptual term are refused before anything is written."""
+        objective = Objective(self.config.loss)
+        if objective.perceptual is not None:
+            side = self.config.data.size
+            objective.perceptual.require_size(side, side)
+        return objective.to(self.accelerator.device)
+
     def _load_validation_photos(self) -> torch.Tensor | None:
         data = self.config.data
         if data.validation is None:
@@ -295,7 +318,7 @@ class Trainer:
         config = self.config
         if not self._is_main:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_run_folder(self.folder, is_new=self.is_new)
         save_recipe(with_absolute_paths(config), self.folder / "config.yaml")
         processes = self.accelerator.num_processes
         num_trained = sum(parameter.numel() for parameter in self.parameters)

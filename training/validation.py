@@ -12,10 +12,28 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from sd_vae.autoencoder import AutoencoderKL
 from sd_vae.data import ImageSource, center_crop
+from sd_vae.errors import UserError
+from sd_vae.files import atomic_file
 from sd_vae.images import to_pil
 from sd_vae.losses import Objective
 
-__all__ = ["estimate_scaling_factor", "load_photos", "validate"]
+__all__ = ["estimate_scaling_factor", "load_photos", "require_readable", "save_picture", "validate"]
+
+
+def require_readable(source: ImageSource) -> None:
+    """Check that a source holds a picture that can be read, before a run begins.
+
+    Raises:
+        UserError: None can be read; tells why the first cannot.
+    """
+    problems: list[str] = []
+    for index in range(len(source)):
+        try:
+            source.load(index)
+            return
+        except UserError as error:
+            problems.append(str(error))
+    raise UserError(f"none of the {len(problems)} pictures of {source.spec} can be read; the first: {problems[0]}")
 
 
 def load_photos(source: ImageSource, num_images: int, size: int) -> Tensor:
@@ -63,6 +81,6 @@ def estimate_scaling_factor(vae: AutoencoderKL, photos: Tensor, device: torch.de
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a PNG."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)
+    """Write a PNG, whole or not at all."""
+    with atomic_file(path) as temporary:
+        picture.save(temporary, format="png")

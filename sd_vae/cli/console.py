@@ -4,12 +4,13 @@ import contextlib
 import dataclasses
 import io
 import json
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+from sd_vae.cli.complaints import one_line
 from sd_vae.errors import UserError
+from sd_vae.files import finite
 
 __all__ = ["parse", "print_fields", "print_json", "print_table", "say"]
 
@@ -38,8 +39,7 @@ def parse(arguments_type: type[T], argv: Sequence[str], *, command: str, default
     except SystemExit as stop:
         if not stop.code:
             raise
-        words = " ".join(re.sub("[│╭╮╰╯─]+", " ", complaint.getvalue()).split())
-        raise UserError(f"{words} (sd-vae {command} --help lists the options)") from None
+        raise UserError(f"{one_line(complaint.getvalue())} See sd-vae {command} --help.") from None
 
 
 def say(text: str) -> None:
@@ -48,21 +48,25 @@ def say(text: str) -> None:
 
 
 def print_json(value: Any) -> None:
-    """Print a result as one JSON object on standard output; dataclasses are taken apart."""
+    """Print a result as one JSON object on standard output; dataclasses are taken apart, NaN and infinity are null."""
     plain = dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
-    print(json.dumps(plain, default=str, allow_nan=False))
+    print(json.dumps(finite(plain), default=str, allow_nan=False))
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table on standard output; the first column is text, the others are numbers set to the right."""
+    """Print a table on standard output; the first column is text, the others are numbers set to the right.
+
+    Square brackets are text like any other: they are often part of a file's name.
+    """
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title), title_justify="left")
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
+        table.add_column(Text(column), justify="left" if index == 0 else "right")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     Console().print(table)
 
 

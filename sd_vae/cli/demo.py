@@ -29,7 +29,8 @@ HELD_OUT = ("chelsea", "astronaut", "coffee")
 SIZE = 512
 """Side in pixels at which the held-out photos are evaluated: 64x64x4 latents."""
 
-MARKER = "report.json"
+OWN = ("photos", "run", "report.html", "report.json")
+"""What the demo writes; a folder that holds anything else is never replaced."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,8 @@ class Args:
 def run(argv: list[str]) -> None:
     """Train, reload in diffusers, run pipelines, evaluate, report."""
     args = parse(Args, argv, command="demo")
+    if args.steps is not None and args.steps < 1:
+        raise UserError(f"--steps is {args.steps}, it must be at least 1.")
     _prepare_folder(args.out, overwrite=args.overwrite)
     logging.basicConfig(level=logging.INFO, format="  %(message)s", stream=sys.stderr)
     started = time.perf_counter()
@@ -94,20 +97,20 @@ def run(argv: list[str]) -> None:
 
 def _prepare_folder(out: Path, *, overwrite: bool) -> None:
     """Make an empty `out`; replace only what an earlier demo has left there."""
-    from sd_vae.files import require_writable_target
+    from sd_vae.files import make_folder, require_own_folder
 
-    is_demo = (out / MARKER).is_file() or (out / "photos" / "held_out").is_dir()
-    if overwrite and out.is_dir() and any(out.iterdir()) and not is_demo:
-        raise UserError(f"{out} exists and is not a demo, so it is not replaced; choose another --out.")
-    require_writable_target(out, overwrite=overwrite)
-    if is_demo:
+    require_own_folder(out, OWN, kind="a demo", overwrite=overwrite)
+    if out.exists():
         shutil.rmtree(out)
+    make_folder(out)
 
 
 def _write_photos(folder: Path) -> None:
     """Write scikit-image's colour photos as PNG: `train` and `held_out`."""
     import skimage.data
     from PIL import Image
+
+    from sd_vae.files import atomic_folder
 
     left, right, _ = skimage.data.stereo_motorcycle()
     photos: Mapping[str, Any] = {
@@ -119,10 +122,11 @@ def _write_photos(folder: Path) -> None:
         "train/rocket": skimage.data.rocket(),
         **{f"held_out/{name}": getattr(skimage.data, name)() for name in HELD_OUT},
     }
-    for name, pixels in photos.items():
-        path = folder / f"{name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(path)
+    with atomic_folder(folder) as temporary:
+        for name, pixels in photos.items():
+            path = temporary / f"{name}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(pixels).save(path)
 
 
 def _load(folder: Path) -> tuple[AutoencoderKL, float]:

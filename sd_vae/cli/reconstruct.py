@@ -237,15 +237,10 @@ def _memory(device: str) -> Iterator[None]:
 
 def _print_numbers(evaluation: Evaluation) -> None:
     """The table on standard output: one line a picture, their mean last."""
-    from rich.markup import escape
-
     (row,) = evaluation.rows
     lines = [(photo.name, photo.metrics) for photo in row.photos] + [("mean", row.means)]
     print_table(
-        escape(f"{row.name}: reconstructions"),
+        f"{row.name}: reconstructions",
         ["picture", *(metric.heading for metric in evaluation.metrics.values())],
-        [
-            [escape(name), *(metric.format(values[key]) for key, metric in evaluation.metrics.items())]
-            for name, values in lines
-        ],
+        [[name, *(metric.format(values[key]) for key, metric in evaluation.metrics.items())] for name, values in lines],
     )

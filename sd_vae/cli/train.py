@@ -36,10 +36,13 @@ class Args(TrainConfig):
 
 def run(argv: list[str]) -> None:
     """Train, and say where the VAE is."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in ("--config", "--resume"):
         first.add_argument(name)
-    chosen, others = first.parse_known_args(argv)
+    try:
+        chosen, others = first.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error.argument_name} needs a value. See sd-vae train --help.") from None
     is_help = "-h" in argv or "--help" in argv
     if chosen.resume and (chosen.config or [option for option in others if option != "--json"]):
         raise UserError("--resume takes everything from the run folder; leave the other options out.")

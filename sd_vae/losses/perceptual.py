@@ -68,14 +68,21 @@ class Perceptual(nn.Module):
             raise UserError(
                 f"{self.name} compares RGB images, these have {recon.shape[1]} channels; set its weight to 0."
             )
-        height, width = x.shape[-2:]
+        self.require_size(*x.shape[-2:])
+        with torch.autocast(x.device.type, enabled=False):
+            return self.distance(recon.float(), x.detach().float())
+
+    def require_size(self, height: int, width: int) -> None:
+        """Check that images of this many pixels can be compared.
+
+        Raises:
+            UserError: One side is below `min_size`.
+        """
         if min(height, width) < self.min_size:
             raise UserError(
                 f"{self.name} needs images of at least {self.min_size}x{self.min_size} pixels, these are "
                 f"{height}x{width}; train on larger crops or choose another perceptual.net."
             )
-        with torch.autocast(x.device.type, enabled=False):
-            return self.distance(recon.float(), x.detach().float())
 
     def distance(self, recon: Tensor, x: Tensor) -> Tensor:
         """Return the distances (B,) of checked fp32 batches."""
