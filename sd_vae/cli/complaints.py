@@ -5,6 +5,7 @@ are private, so the words are read; a complaint that no rule here knows keeps it
 """
 
 import re
+import textwrap
 
 __all__ = ["one_line"]
 
@@ -19,23 +20,24 @@ def one_line(complaint: str) -> str:
         complaint: The box that tyro wrote on standard error.
     """
     sections = _sections(complaint)
+    if not sections:
+        return "these arguments cannot be understood."
     for rule in (_missing_options, _missing_value, _wrong_value, _unknown_options):
         if sentence := rule(sections):
             return sentence
-    words = _words(sections[0]) if sections else "these arguments cannot be understood"
-    return re.sub(r"^Error parsing (\w+: )?", "", words).rstrip(".") + "."
+    return re.sub(r"^Error parsing (\w+: )?", "", _words(sections[0])).rstrip(".") + "."
 
 
 def _sections(complaint: str) -> list[list[str]]:
-    """Lines of each section, indented as they are in the box; without its title and frame."""
+    """Lines of each section, indented as in the box but without its title and frame, which ASCII terminals lack."""
     sections: list[list[str]] = [[]]
     for line in complaint.splitlines()[1:-1]:
-        inner = re.sub(r"^[│|] ?|\s*[│|]?$", "", line)
+        inner = re.sub(r"^[│|]|[\s│|]+$", "", line)
         if _RULE.match(inner.strip()):
             sections.append([])
         elif inner:
             sections[-1].append(inner)
-    return [section for section in sections if section]
+    return [textwrap.dedent("\n".join(section)).split("\n") for section in sections if section]
 
 
 def _words(lines: list[str]) -> str:

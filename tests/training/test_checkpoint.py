@@ -89,3 +89,44 @@ def test_load_checkpoint_refuses_another_format(tmp_path: Path, parts: Any) -> N
 def test_newest_checkpoint_says_when_there_is_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no checkpoint to resume from"):
         newest_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("optimizer.pt", b""),
+        ("optimizer.pt", b"hello"),
+        ("model.safetensors", b"hello"),
+        ("state.json", b'{"format_version": 1}'),
+        ("state.json", b'{"format_version": 1, "step": "x", "samples": 2}'),
+    ],
+)
+def test_a_damaged_checkpoint_names_the_way_round_it(tmp_path: Path, file: str, content: bytes) -> None:
+    model = nn.Linear(2, 2)
+    states = {"optimizer": torch.optim.SGD(model.parameters())}
+    path = save_checkpoint(tmp_path, Progress(step=1, samples=2), {"model": model}, states, keep=1)
+    (path / file).write_bytes(content)
+
+    with pytest.raises(UserError, match=r"cannot resume from .*; remove it to resume from the one before"):
+        load_checkpoint(path, {"model": model}, states)
+
+
+def test_a_state_that_is_no_object_is_of_no_format(tmp_path: Path) -> None:
+    (tmp_path / "state.json").write_text("[]")
+
+    with pytest.raises(UserError, match="has checkpoint format None, this version reads 1"):
+        load_checkpoint(tmp_path, {}, {})
+
+
+def test_a_full_disk_leaves_no_checkpoint_and_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 203200 vs 203088")
+
+    monkeypatch.setattr(torch, "save", fail)
+
+    with pytest.raises(UserError, match=r"cannot write .*step-0000001.*free space.*--resume"):
+        save_checkpoint(tmp_path / "c", Progress(step=1, samples=2), {"model": nn.Linear(2, 2)}, {}, keep=1)
+
+    assert list((tmp_path / "c").iterdir()) == []

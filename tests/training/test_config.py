@@ -91,5 +91,21 @@ def test_model_config_rejects_an_unknown_preset() -> None:
 
 
 def test_optim_config_lists_every_value_out_of_range() -> None:
-    with pytest.raises(UserError, match=r"optim.lr is 0.*optim.betas.*optim.weight_decay is -1.*optim.eps is 0"):
+    with pytest.raises(UserError, match=r"optim.lr is 0.*optim.eps is 0.*optim.betas.*optim.weight_decay is -1"):
         OptimConfig(lr=0.0, betas=(0.9, 1.0), weight_decay=-1.0, eps=0.0)
+
+
+def test_load_recipe_prefers_a_shipped_recipe_to_a_folder_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "demo").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    assert load_recipe("demo").model.preset == "mini"
+
+
+@pytest.mark.parametrize("name", ["lr", "eps", "weight_decay", "max_grad_norm"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_optim_config_refuses_what_is_not_finite(name: str, value: float) -> None:
+    with pytest.raises(UserError, match=rf"optim.{name} is {value}, it must be a finite number"):
+        OptimConfig(**{name: value})

@@ -237,7 +237,7 @@ def test_train_overwrites_a_run_when_asked(make_config: Any) -> None:
 
 
 def test_train_never_overwrites_what_is_not_a_run(make_config: Any, photos: Path) -> None:
-    with pytest.raises(UserError, match="exists and is not a run folder, so it is not replaced"):
+    with pytest.raises(UserError, match=r"exists and is not a run folder \(it holds 0.png\), so it is not replaced"):
         train(make_config("photos"), overwrite=True)
 
     assert len(list(photos.iterdir())) == 6
