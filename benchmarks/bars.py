@@ -84,7 +84,7 @@ def shared_tests() -> Result:
     """The tests that need ../shared: LPIPS value and gradient on Kodak pairs, the 248 names."""
     if not SHARED.is_dir():
         return Result(met=None, figure="not run: needs the folder shared/ beside the checkout")
-    command = [sys.executable, "-m", "pytest", "-m", "shared", "-q", "-rs"]
+    command = [sys.executable, "-m", "pytest", "-m", "shared", "-rs"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     return Result(met=done.returncode == 0, figure=f"pytest -m shared: {done.stdout.strip().splitlines()[-1]}")
 

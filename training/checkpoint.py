@@ -9,7 +9,7 @@ import logging
 import os
 import pickle
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ class Progress:
     """Optimizer steps taken."""
     samples: int
     """Pictures consumed by all processes together: the position in the data order."""
+    num_pictures: int
+    """Pictures in the source, on which the order depends."""
 
 
 def save_checkpoint(
@@ -99,7 +101,7 @@ def load_checkpoint(path: Path, models: dict[str, nn.Module], states: dict[str, 
         loaded = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
         for name, item in states.items():
             item.load_state_dict(loaded[name])
-        return Progress(step=int(state["step"]), samples=int(state["samples"]))
+        return Progress(**{field.name: int(state[field.name]) for field in fields(Progress)})
     except _DAMAGE as error:
         raise UserError(
             f"cannot resume from {path}: {_reason(error)}; remove it to resume from the one before."

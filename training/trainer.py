@@ -116,7 +116,7 @@ class Trainer:
         self.ema = EMA(self.vae, config.ema_decay) if config.ema_decay else None
         self.forward, self.optimizer = self.accelerator.prepare(TrainingForward(self.vae), optimizer)
         self.parameters = parameters
-        self.progress = Progress(step=0, samples=0)
+        self.progress = Progress(step=0, samples=0, num_pictures=len(self.source))
         self.validation: dict[str, float] = {}  # of the last validation
         self.unreadable: dict[str, None] = {}  # names, each once, in the order they were met
         if checkpoint is not None:
@@ -185,7 +185,8 @@ class Trainer:
             self.schedule.step()
         if self.ema is not None:
             self.ema.update_parameters(self.vae)
-        self.progress = Progress(step=self.progress.step + 1, samples=self.progress.samples + self._samples_per_step)
+        done = self.progress
+        self.progress = dataclasses.replace(done, step=done.step + 1, samples=done.samples + self._samples_per_step)
         return {**sums, "grad_norm": grad_norm}
 
     def _noise(self, batch: Batch) -> torch.Tensor:
@@ -255,6 +256,11 @@ class Trainer:
     def _load(self, path: Path) -> None:
         models, states = self._state()
         self.progress = load_checkpoint(path, models, states)
+        if self.progress.num_pictures != len(self.source):
+            raise UserError(
+                f"{self.config.data.train} holds {len(self.source)} pictures, {path} was trained on "
+                f"{self.progress.num_pictures}, so the order would differ; restore them, or start anew."
+            )
         if self.ema is not None:
             self.ema.n_averaged.fill_(self.progress.step)
 

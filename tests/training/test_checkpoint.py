@@ -24,13 +24,13 @@ def parts() -> tuple[dict[str, nn.Module], dict[str, Any]]:
 
 def test_checkpoint_brings_back_weights_and_optimizer(tmp_path: Path, parts: Any) -> None:
     models, states = parts
-    path = save_checkpoint(tmp_path, Progress(step=3, samples=12), models, states, keep=2)
+    path = save_checkpoint(tmp_path, Progress(step=3, samples=12, num_pictures=6), models, states, keep=2)
     other = nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(other.parameters(), lr=0.5)
 
     progress = load_checkpoint(path, {"model": other}, {"optimizer": optimizer})
 
-    assert progress == Progress(step=3, samples=12)
+    assert progress == Progress(step=3, samples=12, num_pictures=6)
     assert torch.equal(other.weight, models["model"].weight)
     assert optimizer.param_groups[0]["lr"] == 0.1
     assert torch.equal(
@@ -40,7 +40,7 @@ def test_checkpoint_brings_back_weights_and_optimizer(tmp_path: Path, parts: Any
 
 def test_save_checkpoint_keeps_the_newest_and_links_last(tmp_path: Path, parts: Any) -> None:
     for step in (1, 2, 10):
-        save_checkpoint(tmp_path, Progress(step=step, samples=step), *parts, keep=2)
+        save_checkpoint(tmp_path, Progress(step=step, samples=step, num_pictures=6), *parts, keep=2)
 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last", "step-0000002", "step-0000010"]
     assert (tmp_path / "last").resolve() == newest_checkpoint(tmp_path).resolve()
@@ -49,14 +49,14 @@ def test_save_checkpoint_keeps_the_newest_and_links_last(tmp_path: Path, parts: 
 def test_save_checkpoint_that_fails_leaves_the_one_before(
     tmp_path: Path, parts: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_checkpoint(tmp_path, Progress(step=1, samples=1), *parts, keep=1)
+    save_checkpoint(tmp_path, Progress(step=1, samples=1, num_pictures=6), *parts, keep=1)
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint.torch, "save", full)
     with pytest.raises(UserError, match=r"cannot write .*step-0000002: No space left on device"):
-        save_checkpoint(tmp_path, Progress(step=2, samples=2), *parts, keep=1)
+        save_checkpoint(tmp_path, Progress(step=2, samples=2, num_pictures=6), *parts, keep=1)
 
     assert newest_checkpoint(tmp_path).name == "step-0000001"
     assert not list(tmp_path.glob(".step*"))
@@ -64,7 +64,7 @@ def test_save_checkpoint_that_fails_leaves_the_one_before(
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt"])
 def test_load_checkpoint_names_a_damaged_checkpoint(tmp_path: Path, parts: Any, file: str) -> None:
-    path = save_checkpoint(tmp_path, Progress(step=1, samples=1), *parts, keep=1)
+    path = save_checkpoint(tmp_path, Progress(step=1, samples=1, num_pictures=6), *parts, keep=1)
     (path / file).write_bytes((path / file).read_bytes()[:50])
 
     with pytest.raises(UserError, match=r"cannot resume from .*step-0000001"):
@@ -72,14 +72,14 @@ def test_load_checkpoint_names_a_damaged_checkpoint(tmp_path: Path, parts: Any, 
 
 
 def test_load_checkpoint_refuses_another_model(tmp_path: Path, parts: Any) -> None:
-    path = save_checkpoint(tmp_path, Progress(step=1, samples=1), *parts, keep=1)
+    path = save_checkpoint(tmp_path, Progress(step=1, samples=1, num_pictures=6), *parts, keep=1)
 
     with pytest.raises(UserError, match=r"cannot resume from .*size mismatch"):
         load_checkpoint(path, {"model": nn.Linear(4, 2)}, parts[1])
 
 
 def test_load_checkpoint_refuses_another_format(tmp_path: Path, parts: Any) -> None:
-    path = save_checkpoint(tmp_path, Progress(step=1, samples=1), *parts, keep=1)
+    path = save_checkpoint(tmp_path, Progress(step=1, samples=1, num_pictures=6), *parts, keep=1)
     write_json(path / "state.json", {"format_version": 99})
 
     with pytest.raises(UserError, match="has checkpoint format 99, this version reads 1"):
@@ -104,7 +104,7 @@ def test_newest_checkpoint_says_when_there_is_none(tmp_path: Path) -> None:
 def test_a_damaged_checkpoint_names_the_way_round_it(tmp_path: Path, file: str, content: bytes) -> None:
     model = nn.Linear(2, 2)
     states = {"optimizer": torch.optim.SGD(model.parameters())}
-    path = save_checkpoint(tmp_path, Progress(step=1, samples=2), {"model": model}, states, keep=1)
+    path = save_checkpoint(tmp_path, Progress(step=1, samples=2, num_pictures=6), {"model": model}, states, keep=1)
     (path / file).write_bytes(content)
 
     with pytest.raises(UserError, match=r"cannot resume from .*; remove it to resume from the one before"):
@@ -127,6 +127,8 @@ def test_a_full_disk_leaves_no_checkpoint_and_says_how_to_go_on(
     monkeypatch.setattr(torch, "save", fail)
 
     with pytest.raises(UserError, match=r"cannot write .*step-0000001.*free space.*--resume"):
-        save_checkpoint(tmp_path / "c", Progress(step=1, samples=2), {"model": nn.Linear(2, 2)}, {}, keep=1)
+        save_checkpoint(
+            tmp_path / "c", Progress(step=1, samples=2, num_pictures=6), {"model": nn.Linear(2, 2)}, {}, keep=1
+        )
 
     assert list((tmp_path / "c").iterdir()) == []

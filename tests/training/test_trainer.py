@@ -261,3 +261,14 @@ def test_resume_refuses_what_is_no_unfinished_run(make_config: Any, tmp_path: Pa
         resume(tmp_path)
     with pytest.raises(UserError, match="is finished"):
         resume(finished)
+
+
+def test_resume_refuses_a_source_of_another_size(
+    make_config: Any, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = train(make_config(steps=2)).folder
+    (folder / "report.json").unlink()
+    (photos / "5.png").unlink()
+
+    with pytest.raises(UserError, match=r"holds 5 pictures, .*step-0000002 was trained on 6"):
+        resume(folder)
