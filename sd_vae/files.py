@@ -215,7 +215,7 @@ def _sync(path: Path) -> None:
     """Flush a file, or on POSIX a folder's entries, to disk."""
     if path.is_dir() and os.name == "nt":
         return
-    handle = os.open(path, os.O_RDONLY)
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # Windows flushes only what it may write
     try:
         os.fsync(handle)
     finally:

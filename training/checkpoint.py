@@ -9,7 +9,7 @@ import logging
 import os
 import pickle
 import shutil
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import nn
 
 from sd_vae.errors import UserError
 from sd_vae.files import atomic_folder, read_json, write_json
+from sd_vae.validation import STRICT, from_plain
 
 __all__ = ["Progress", "load_checkpoint", "newest_checkpoint", "save_checkpoint"]
 
@@ -35,7 +36,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far a run is."""
+    """How far a run is, and what it has met."""
+
+    __pydantic_config__ = STRICT
 
     step: int
     """Optimizer steps taken."""
@@ -43,6 +46,10 @@ class Progress:
     """Pictures consumed by all processes together: the position in the data order."""
     num_pictures: int
     """Pictures in the source, on which the order depends."""
+    validation: dict[str, float] = field(default_factory=dict)
+    """Metrics of the last validation."""
+    unreadable: tuple[str, ...] = ()
+    """Pictures that could not be read so far, on any process."""
 
 
 def save_checkpoint(
@@ -101,7 +108,8 @@ def load_checkpoint(path: Path, models: dict[str, nn.Module], states: dict[str, 
         loaded = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
         for name, item in states.items():
             item.load_state_dict(loaded[name])
-        return Progress(**{field.name: int(state[field.name]) for field in fields(Progress)})
+        del state["format_version"]
+        return from_plain(Progress, state, source="state.json")
     except _DAMAGE as error:
         raise UserError(
             f"cannot resume from {path}: {_reason(error)}; remove it to resume from the one before."

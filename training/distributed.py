@@ -9,6 +9,7 @@ from types import FrameType
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import GradientAccumulationPlugin
 
 from sd_vae.errors import UserError
 
@@ -27,8 +28,11 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         raise UserError("mixed_precision is fp16, which needs a GPU; choose bf16 or no.")
     AcceleratorState._reset_state()  # a second run in one process may choose another precision
     return Accelerator(
+        # Without this, processes that torchrun starts on CPUs would each train alone.
+        cpu=not torch.accelerator.is_available(),
         mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        # A plugin, because the plain argument gives way to an environment variable.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps),
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sd_vae.errors import UserError
-from sd_vae.files import file_errors, read_text, write_text
+from sd_vae.files import file_errors, finite, read_text, write_text
 
 from .config import TrainConfig
 
@@ -38,7 +38,7 @@ class MetricsLog:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append one row and flush it."""
         with file_errors("write", self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            file.write(json.dumps(finite({"step": step, **values})) + "\n")
         if self._writer is not None:
             with file_errors("write", self.path.parent / "tensorboard"):
                 for name, value in values.items():

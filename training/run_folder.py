@@ -1,16 +1,20 @@
 """The folder of a run: where it may start, and what a finished run says of itself."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+from sd_vae.autoencoder import AutoencoderKL
+from sd_vae.checkpoints import save_vae
 from sd_vae.errors import UserError
-from sd_vae.files import make_folder, require_own_folder
+from sd_vae.files import make_folder, require_own_folder, write_json, write_text
 
 from .config import TrainConfig
+from .records import model_card
 
-__all__ = ["RunResult", "make_run_folder", "require_new_run", "with_absolute_paths"]
+__all__ = ["RunResult", "make_run_folder", "require_new_run", "shareable", "with_absolute_paths", "write_result"]
 
 OWN = ("config.yaml", "metrics.jsonl", "samples", "checkpoints", "tensorboard", "vae", "report.json")
 """What a run writes; a folder that holds anything else is never replaced."""
@@ -69,14 +73,40 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     def absolute(spec: str | None) -> str | None:
         return str(Path(spec).resolve()) if spec is not None and Path(spec).exists() else spec
 
-    paths = {name: absolute(source) for name, source in _sources(config).items()}
-    perceptual = dataclasses.replace(config.loss.perceptual, backbone=paths["loss.perceptual.backbone"])
+    return _with_sources(config, {name: absolute(source) for name, source in _sources(config).items()})
+
+
+def shareable(config: TrainConfig) -> TrainConfig:
+    """The config for others to read: local paths shortened to their last part."""
+
+    def shorten(spec: str | None) -> str | None:
+        return Path(spec).name if spec is not None and Path(spec).exists() else spec
+
+    return _with_sources(
+        dataclasses.replace(config, out=Path(config.out).name),
+        {name: shorten(source) for name, source in _sources(config).items()},
+    )
+
+
+def write_result(config: TrainConfig, vae: AutoencoderKL, report: dict[str, Any]) -> RunResult:
+    """Save a trained VAE with its provenance and model card, then the report that makes its run a finished one."""
+    folder, public = Path(config.out), shareable(config)
+    metadata = {"recipe": json.dumps(dataclasses.asdict(public)), "training": json.dumps(report)}
+    save_vae(vae, folder / "vae", metadata=metadata, overwrite=True)
+    write_text(folder / "vae" / "README.md", model_card(public, report))
+    write_json(folder / "report.json", report)
+    return RunResult(folder=folder, report=report)
+
+
+def _with_sources(config: TrainConfig, sources: dict[str, str | None]) -> TrainConfig:
+    """The config with what it reads replaced, by the name of the field."""
+    perceptual = dataclasses.replace(config.loss.perceptual, backbone=sources["loss.perceptual.backbone"])
     return dataclasses.replace(
         config,
         data=dataclasses.replace(
-            config.data, train=paths["data.train"] or config.data.train, validation=paths["data.validation"]
+            config.data, train=sources["data.train"] or config.data.train, validation=sources["data.validation"]
         ),
-        model=dataclasses.replace(config.model, pretrained=paths["model.pretrained"]),
+        model=dataclasses.replace(config.model, pretrained=sources["model.pretrained"]),
         loss=dataclasses.replace(config.loss, perceptual=perceptual),
     )
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sd_vae.autoencoder import AutoencoderKL
 from sd_vae.posterior import DiagonalGaussian
 
-__all__ = ["TrainingForward", "freeze"]
+__all__ = ["TrainingForward"]
 
 
 class TrainingForward(nn.Module):
@@ -34,18 +34,3 @@ class TrainingForward(nn.Module):
         posterior = DiagonalGaussian(posterior.parameters.float())
         (recon,) = self.vae.decode(posterior.sample(noise=noise), return_dict=False)
         return recon, posterior
-
-
-def freeze(vae: AutoencoderKL, trainable: str) -> list[nn.Parameter]:
-    """Set which parameters train and return them.
-
-    Args:
-        vae: Model, changed in place.
-        trainable: `all`, or `decoder` for decoder and post_quant_conv.
-    """
-    vae.requires_grad_(True)
-    if trainable == "decoder":
-        vae.encoder.requires_grad_(False)
-        if vae.quant_conv is not None:
-            vae.quant_conv.requires_grad_(False)
-    return [parameter for parameter in vae.parameters() if parameter.requires_grad]

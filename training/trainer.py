@@ -9,7 +9,6 @@ weights where there are any), `report.json`.
 """
 
 import dataclasses
-import json
 import logging
 import math
 import time
@@ -17,27 +16,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from sd_vae.autoencoder import AutoencoderKL
-from sd_vae.checkpoints import load_vae, save_vae
 from sd_vae.data import Batch, open_source, posterior_noise, training_loader
 from sd_vae.errors import UserError
-from sd_vae.files import write_json, write_text
-from sd_vae.initialization import start_near_identity_
 from sd_vae.losses import Objective
 
 from .checkpoint import Progress, load_checkpoint, newest_checkpoint, save_checkpoint
 from .config import TrainConfig, load_recipe, save_recipe
 from .distributed import StopRequest, build_accelerator, stop_on_signals
 from .ema import EMA
+from .model import freeze, initial_vae
 from .optim import build_optimizer, build_schedule
-from .records import MetricsLog, model_card, versions
-from .run_folder import RunResult, make_run_folder, require_new_run, with_absolute_paths
-from .step import TrainingForward, freeze
-from .validation import estimate_scaling_factor, load_photos, require_readable, save_picture, validate
+from .records import MetricsLog, versions
+from .run_folder import RunResult, make_run_folder, require_new_run, with_absolute_paths, write_result
+from .step import TrainingForward
+from .validation import latent_moments, load_photos, require_readable, save_picture, validate
 
-__all__ = ["Trainer", "initial_vae", "resume", "train"]
+__all__ = ["Trainer", "resume", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -76,19 +74,6 @@ def resume(folder: str | Path) -> RunResult:
     return Trainer(config, checkpoint=newest_checkpoint(folder / "checkpoints")).fit()
 
 
-def initial_vae(config: TrainConfig) -> AutoencoderKL:
-    """Return the VAE that a run starts from: other weights, or a preset's random ones, drawn from the run's seed."""
-    model = config.model
-    if model.pretrained:
-        return load_vae(model.pretrained, dtype=torch.float32)
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        vae = AutoencoderKL.from_preset(model.preset, sample_size=config.data.size)
-        if model.init == "near_identity":
-            start_near_identity_(vae)
-    return vae.eval()
-
-
 class Trainer:
     """One run, built but not started.
 
@@ -117,7 +102,6 @@ class Trainer:
         self.forward, self.optimizer = self.accelerator.prepare(TrainingForward(self.vae), optimizer)
         self.parameters = parameters
         self.progress = Progress(step=0, samples=0, num_pictures=len(self.source))
-        self.validation: dict[str, float] = {}  # of the last validation
         self.unreadable: dict[str, None] = {}  # names, each once, in the order they were met
         if checkpoint is not None:
             self._load(checkpoint)
@@ -139,14 +123,14 @@ class Trainer:
         try:
             with stop_on_signals() as stop_request, bar:
                 batches = iter(self._loader())
+                self.last_log = time.perf_counter(), self.progress.samples
                 while self.progress.step < config.steps:
-                    started = time.perf_counter()
                     terms = self._step(batches)
                     step = self.progress.step
                     bar.update(self._samples_per_step)
                     stopping = self._agree(stop_request)
                     if step % config.log_every == 0 or step == config.steps or stopping:
-                        values = self._log(log, terms, time.perf_counter() - started)
+                        values = self._log(log, terms)
                         bar.set_postfix_str(f"loss {values['loss']:.4f}")
                     if self.photos is not None and (step % config.validate_every == 0 or step == config.steps):
                         self._validate(log)
@@ -181,6 +165,7 @@ class Trainer:
                 self.optimizer.zero_grad(set_to_none=True)
             for name, value in {"loss": loss.detach(), **terms}.items():
                 sums[name] = sums.get(name, 0.0) + value / self.config.gradient_accumulation_steps
+        self.lr = float(self.schedule.get_last_lr()[0])
         if not self.optimizer.step_was_skipped:
             self.schedule.step()
         if self.ema is not None:
@@ -202,7 +187,7 @@ class Trainer:
 
     # ---- what happens at intervals
 
-    def _log(self, log: MetricsLog | None, terms: dict[str, torch.Tensor], duration_s: float) -> dict[str, float]:
+    def _log(self, log: MetricsLog | None, terms: dict[str, torch.Tensor]) -> dict[str, float]:
         """Write a step's terms, means over processes, and return them.
 
         Raises:
@@ -211,12 +196,10 @@ class Trainer:
         means = {name: float(self.accelerator.reduce(value, "mean")) for name, value in terms.items()}
         if not math.isfinite(means["loss"]):
             raise self._diverged(f"the loss is {means['loss']}")
-        values = {
-            "samples": self.progress.samples,
-            **means,
-            "lr": float(self.schedule.get_last_lr()[0]),
-            "images_per_s": self._samples_per_step / duration_s,
-        }
+        now, samples = time.perf_counter(), self.progress.samples  # after the values above have come from the device
+        images_per_s = (samples - self.last_log[1]) / (now - self.last_log[0])
+        self.last_log = now, samples
+        values = {"samples": samples, **means, "lr": self.lr, "images_per_s": images_per_s}
         if log is not None:
             log.write(self.progress.step, values)
         return means
@@ -225,9 +208,10 @@ class Trainer:
         """Reconstruct the validation photos with the weights that will be saved."""
         if log is None or self.photos is None:
             return
-        self.validation, picture = validate(self._best_vae(), self.objective, self.photos, self.accelerator.device)
+        values, picture = validate(self._best_vae(), self.objective, self.photos, self.accelerator.device)
+        self.progress = dataclasses.replace(self.progress, validation=values)
         save_picture(picture, self.folder / "samples" / f"step-{self.progress.step:07d}.png")
-        log.write(self.progress.step, {f"validation/{name}": value for name, value in self.validation.items()})
+        log.write(self.progress.step, {f"validation/{name}": value for name, value in values.items()})
 
     def _save(self) -> None:
         """Write a checkpoint.
@@ -237,10 +221,11 @@ class Trainer:
         """
         if not all(bool(parameter.isfinite().all()) for parameter in self.parameters):
             raise self._diverged("weights are not finite")
+        progress = self._noted()
         if self._is_main:
             models, states = self._state()
             folder = self.folder / "checkpoints"
-            save_checkpoint(folder, self.progress, models, states, keep=self.config.keep_checkpoints)
+            save_checkpoint(folder, progress, models, states, keep=self.config.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
     def _diverged(self, what: str) -> UserError:
@@ -263,6 +248,7 @@ class Trainer:
             )
         if self.ema is not None:
             self.ema.n_averaged.fill_(self.progress.step)
+        self.unreadable = dict.fromkeys(self.progress.unreadable)
 
     def _state(self) -> tuple[dict[str, torch.nn.Module], dict[str, Any]]:
         """Everything a checkpoint holds: models by file name, the rest by key."""
@@ -322,6 +308,7 @@ class Trainer:
     def _start(self) -> None:
         """Make the run folder and say what will run."""
         config = self.config
+        self.accelerator.wait_for_everyone()  # until every process has looked at what is there
         if not self._is_main:
             return
         make_run_folder(self.folder, is_new=self.is_new)
@@ -338,38 +325,41 @@ class Trainer:
             logger.info("no validation photos: set data.validation to see reconstructions and PSNR on the way")
 
     def _finish(self) -> RunResult:
-        """Save the VAE with its provenance, the model card and the report."""
-        config, vae = self.config, self._best_vae()
+        """Save the VAE with its scale, its provenance, the model card and the report."""
+        progress = self._noted()
         if not self._is_main:
             return RunResult(folder=self.folder, report={})
-        factor, source = self._scaling_factor(vae)
-        vae.register_to_config(scaling_factor=factor)
+        vae = AutoencoderKL.from_diffusers(self._best_vae())  # the same weights, a config of its own
+        source = self._set_scale(vae)
+        if progress.unreadable:
+            num_unreadable = len(progress.unreadable)
+            logger.warning("%d pictures could not be read and were left out, listed in report.json", num_unreadable)
         report = {
-            "step": self.progress.step,
-            "samples": self.progress.samples,
-            "scaling_factor": factor,
+            "step": progress.step,
+            "samples": progress.samples,
+            "scaling_factor": float(vae.config.scaling_factor),
+            "shift_factor": vae.config.shift_factor,
             "scaling_factor_source": source,
-            "validation": self.validation,
-            "unreadable": list(self.unreadable),
+            "validation": progress.validation,
+            "unreadable": list(progress.unreadable),
             "versions": versions(),
         }
-        metadata = {"recipe": json.dumps(dataclasses.asdict(config)), "training": json.dumps(report)}
-        save_vae(vae, self.folder / "vae", metadata=metadata, overwrite=True)
-        write_text(self.folder / "vae" / "README.md", model_card(config, report))
-        write_json(self.folder / "report.json", report)
-        if self.unreadable:
-            logger.warning(
-                "%d pictures could not be read and were left out, listed in report.json", len(self.unreadable)
-            )
-        return RunResult(folder=self.folder, report=report)
+        return write_result(self.config, vae, report)
 
-    def _scaling_factor(self, vae: AutoencoderKL) -> tuple[float, str]:
-        """The factor that the saved VAE carries, and where it comes from."""
+    def _set_scale(self, vae: AutoencoderKL) -> str:
+        """Give a VAE that began with random weights the scale and shift of its own latents; say where they are from."""
         if self.config.model.scaling_factor == "keep" or self.config.model.pretrained:
-            return float(vae.config.scaling_factor), "kept"
+            return "kept"
         photos = load_photos(self.source, NUM_SCALING_PHOTOS, self.config.data.size)
-        factor = estimate_scaling_factor(vae, photos, self.accelerator.device)
-        return factor, f"1 / standard deviation of the latents of {len(photos)} training photos"
+        mean, std = latent_moments(vae, photos, self.accelerator.device)
+        shift = None if vae.config.shift_factor is None else mean
+        vae.register_to_config(scaling_factor=1.0 / std, shift_factor=shift)
+        return f"1 / standard deviation of the latents of {len(photos)} training photos"
+
+    def _noted(self) -> Progress:
+        """The progress with the unreadable pictures that any process has met."""
+        names = gather_object(list(self.unreadable)) if self.accelerator.num_processes > 1 else self.unreadable
+        return dataclasses.replace(self.progress, unreadable=tuple(dict.fromkeys(names)))
 
     # ---- small facts
 

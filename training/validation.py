@@ -3,6 +3,7 @@
 Shapes: B batch, C latent channels, h w latent cells.
 """
 
+import logging
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from sd_vae.files import atomic_file
 from sd_vae.images import to_pil
 from sd_vae.losses import Objective
 
-__all__ = ["estimate_scaling_factor", "load_photos", "require_readable", "save_picture", "validate"]
+__all__ = ["latent_moments", "load_photos", "require_readable", "save_picture", "validate"]
 
 
 def require_readable(source: ImageSource) -> None:
@@ -36,10 +37,33 @@ def require_readable(source: ImageSource) -> None:
     raise UserError(f"none of the {len(problems)} pictures of {source.spec} can be read; the first: {problems[0]}")
 
 
+logger = logging.getLogger(__name__)
+
+
 def load_photos(source: ImageSource, num_images: int, size: int) -> Tensor:
-    """Return the first photos of a source, resized and centre-cropped, (N, 3, size, size) in [-1, 1]."""
-    count = min(num_images, len(source))
-    return torch.stack([center_crop(source.load(index), size) for index in range(count)])
+    """Return the first readable photos of a source, resized and centre-cropped, (N, 3, size, size) in [-1, 1].
+
+    Args:
+        source: Photos; those that cannot be read are passed over, with a warning each.
+        num_images: Photos at most.
+        size: Side in pixels.
+
+    Raises:
+        UserError: None can be read.
+    """
+    photos: list[Tensor] = []
+    problems: list[str] = []
+    for index in range(len(source)):
+        if len(photos) == num_images:
+            break
+        try:
+            photos.append(center_crop(source.load(index), size))
+        except UserError as error:
+            logger.warning("left out: %s", error)
+            problems.append(str(error))
+    if not photos:
+        raise UserError(f"none of the {len(problems)} pictures can be read; the first: {problems[0]}")
+    return torch.stack(photos)
 
 
 @torch.no_grad()
@@ -67,17 +91,23 @@ def validate(
 
 
 @torch.no_grad()
-def estimate_scaling_factor(vae: AutoencoderKL, photos: Tensor, device: torch.device) -> float:
-    """Return 1 / standard deviation of all elements of z ~ q(z|x) over photos: it gives latents unit variance.
+def latent_moments(vae: AutoencoderKL, photos: Tensor, device: torch.device) -> tuple[float, float]:
+    """Return mean and standard deviation of all elements of z ~ q(z|x) over photos.
 
-    The variance is that of the means plus the posterior's own, so nothing is drawn.
+    The variance is that of the means plus the posterior's own, so nothing is drawn. 1 / standard deviation is the
+    scaling factor that gives latents unit variance.
+
+    Args:
+        vae: Model.
+        photos: (N, 3, H, W) in [-1, 1], encoded one at a time.
+        device: Where the model is.
 
     Source: Rombach et al., arXiv 2112.10752, appendix G.
     """
     posteriors = [vae.encode(photo.to(device)).latent_dist for photo in photos.split(1)]
     means = torch.cat([posterior.mean.double().cpu() for posterior in posteriors])
     variances = torch.cat([posterior.var.double().cpu() for posterior in posteriors])
-    return float((means.var(unbiased=False) + variances.mean()).rsqrt())
+    return float(means.mean()), float((means.var(unbiased=False) + variances.mean()).sqrt())
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:

@@ -206,8 +206,8 @@ def _evaluate_and_report(
     from eval.report import Section, write_report
     from eval.sanity import shuffled_latents_psnr_db, zero_latents_psnr_db
     from sd_vae.losses import PerceptualConfig, build_perceptual
+    from training.model import initial_vae
     from training.records import read_metrics, versions
-    from training.trainer import initial_vae
 
     held_out = out / "photos" / "held_out"
     evaluation = evaluate(

@@ -3,7 +3,8 @@
 import torch
 
 from sd_vae.autoencoder import AutoencoderKL
-from training.step import TrainingForward, freeze
+from training.model import freeze
+from training.step import TrainingForward
 
 
 def test_forward_equals_encode_sample_decode(tiny_vae: AutoencoderKL) -> None:

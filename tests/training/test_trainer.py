@@ -189,7 +189,8 @@ def test_metrics_hold_what_the_schedule_and_the_loop_did(make_config: Any) -> No
     rows = [row for row in read_metrics(result.folder / "metrics.jsonl") if "loss" in row]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert [row["samples"] for row in rows] == [2, 4, 6, 8]
-    assert rows[-1]["lr"] == pytest.approx(0.0, abs=1e-12)
+    # one step of warm-up from 0 to 1e-3, then a half cosine over three; each row has its own step's rate
+    assert [row["lr"] for row in rows] == pytest.approx([0.0, 1e-3, 0.75e-3, 0.25e-3])
     assert rows[0]["loss"] == pytest.approx(rows[0]["reconstruction"] + 1e-6 * rows[0]["kl"])
 
 
@@ -272,3 +273,74 @@ def test_resume_refuses_a_source_of_another_size(
 
     with pytest.raises(UserError, match=r"holds 5 pictures, .*step-0000002 was trained on 6"):
         resume(folder)
+
+
+def test_a_finished_run_is_resumed_with_what_it_had_noted(make_config: Any, photos: Path) -> None:
+    (photos / "zz.png").write_bytes(b"not a picture")
+    first = train(make_config(steps=6))
+    (first.folder / "report.json").unlink()
+
+    again = resume(first.folder)
+
+    assert again.report == first.report
+    assert len(again.report["unreadable"]) == 1
+    assert again.report["validation"]
+
+
+def test_an_unreadable_validation_photo_is_passed_over(
+    make_config: Any, photos: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (photos / "0.png").write_bytes(b"not a picture")
+
+    report = train(make_config(steps=2)).report
+
+    assert report["validation"]["psnr_db"] > 0
+    assert "left out" in caplog.text
+
+
+def test_published_files_hold_no_paths_of_this_machine(make_config: Any, tmp_path: Path) -> None:
+    result = train(make_config(steps=1))
+
+    with safe_open(result.vae / "diffusion_pytorch_model.safetensors", "pt") as file:
+        published = json.dumps(file.metadata()) + (result.vae / "README.md").read_text()
+    assert str(tmp_path) not in published
+    assert "photos" in published
+
+
+def test_an_environment_variable_does_not_change_the_recipe(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+
+    assert train(make_config(steps=1)).report["samples"] == 2
+
+
+def test_shift_is_measured_where_the_family_has_one(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sd_vae.config import PRESETS
+
+    small = dataclasses.replace(PRESETS["mini"], shift_factor=0.5)
+    monkeypatch.setitem(PRESETS, "mini", small)
+
+    report = train(make_config(steps=1, model={"pretrained": None, "preset": "mini"})).report
+
+    assert report["shift_factor"] not in (0.5, None)
+
+
+@pytest.mark.slow
+def test_torchrun_on_cpus_trains_in_one_run(make_config: Any, tmp_path: Path, photos: Path) -> None:
+    (photos / "zz.png").write_bytes(b"not a picture")
+    config = make_config(steps=4, batch_size=1, data={"validation": None})
+    save_recipe(config, tmp_path / "recipe.yaml")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29617"]
+
+    done = subprocess.run(
+        [*launcher, "-m", "training", "--config", str(tmp_path / "recipe.yaml")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "2 processes on cpu" in done.stderr
+    report = json.loads((Path(config.out) / "report.json").read_text())
+    assert (report["step"], report["samples"]) == (4, 8)
+    assert len(report["unreadable"]) == 1
