@@ -38,7 +38,7 @@ class ModelConfig:
     preset: str = "sd1"
     """Architecture with random weights: sd1, sdxl, sd3, flux or mini. Not used with `pretrained`."""
     init: Literal["default", "near_identity"] = "default"
-    """Random weights to start from: PyTorch's, or `near_identity`, which learns many times faster at the beginning."""
+    """Random weights to start from: PyTorch's, or `near_identity`, which learns faster at the beginning."""
     pretrained: str | None = None
     """Weights to start from: folder, file or hub id, in any layout that `sd_vae.load_vae` reads."""
     trainable: Literal["all", "decoder"] = "all"
@@ -46,9 +46,9 @@ class ModelConfig:
     scaling_factor: Literal["auto", "keep"] = "auto"
     """`auto` measures it on training photos after training from random weights, and else keeps it; `keep` keeps it."""
     gradient_checkpointing: bool = False
-    """Recompute blocks in the backward pass: less memory, about a quarter more time."""
+    """Recompute blocks in the backward pass: less memory, more time."""
     channels_last: bool = True
-    """Store feature maps as (B, H, W, C) in memory: faster convolutions, same numbers up to rounding."""
+    """Store feature maps as (B, H, W, C) in memory, which oneDNN and cuDNN prefer; same numbers up to rounding."""
 
     def __post_init__(self) -> None:
         """Check the preset's name.

@@ -35,7 +35,13 @@ def parse(arguments_type: type[T], argv: Sequence[str], *, command: str, default
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(arguments_type, args=list(argv), prog=f"sd-vae {command}", **settings)
+            return tyro.cli(
+                arguments_type,
+                args=list(argv),
+                prog=f"sd-vae {command}",
+                config=(tyro.conf.FlagCreatePairsOff,),
+                **settings,
+            )
     except SystemExit as stop:
         if not stop.code:
             raise

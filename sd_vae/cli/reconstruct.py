@@ -58,12 +58,12 @@ def run(argv: list[str]) -> None:
     args = parse(Args, argv, command="reconstruct")
 
     from eval.photos import find_files, list_photos
-    from sd_vae.files import atomic_folder, read_json, require_writable_target
+    from sd_vae.files import atomic_folder, read_json
 
     paths = find_files(args.images)
     names = [photo.name for photo in list_photos(paths)]
     _require_apart(args.out, [Path(args.vae), *paths])
-    require_writable_target(args.out, overwrite=args.overwrite)
+    _require_target(args.out, overwrite=args.overwrite)
     _require_readable(paths)
 
     from eval.evaluator import evaluate
@@ -121,6 +121,15 @@ def _writer(folder: Path, names: list[str]) -> Callable[[str, Mapping[str, Recon
         side_by_side([shown.original, shown.recon, shown.error]).save(folder / f"{stems[name]}_compare.png")
 
     return write
+
+
+def _require_target(out: Path, *, overwrite: bool) -> None:
+    """Check that `out` may be made, in place of at most an earlier reconstruction."""
+    from sd_vae.files import require_own_folder
+
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    pictures = {name for name in names if name.endswith(".png")} if "report.json" in names else set()
+    require_own_folder(out, {"report.html", "report.json"} | pictures, kind="a reconstruction", overwrite=overwrite)
 
 
 def _require_apart(out: Path, sources: Iterable[Path]) -> None:

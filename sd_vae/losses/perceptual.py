@@ -25,11 +25,10 @@ __all__ = ["LPIPS", "MultiScaleSSIM", "Perceptual", "build_perceptual"]
 MIN_LPIPS_SIZE = {"vgg": 16, "alex": 31, "squeeze": 17}
 """Pixels below which a network's last feature map is empty."""
 
-MS_SSIM_SCALES = 3
 MS_SSIM_EXPONENTS = (0.0448, 0.2856, 0.3001)
 """Of the five of Wang et al. the three finest, whose 11x11 window still fits a 64x64 training crop."""
 MIN_MS_SSIM_SIZE = 44
-"""Rule of torchmetrics: the side divided by (scales - 1)^2 exceeds the window minus one."""
+"""Rule of torchmetrics: the side divided by (number of scales - 1)^2 exceeds the window minus one."""
 
 
 def build_perceptual(config: PerceptualConfig) -> Perceptual | None:
@@ -118,7 +117,7 @@ class LPIPS(Perceptual):
         self.eval()
 
     def distance(self, recon: Tensor, x: Tensor) -> Tensor:
-        """Return the distances (B,); the target's features keep no graph, which halves the memory."""
+        """Return the distances (B,); the target's features keep no graph."""
         with torch.no_grad():
             features_x = self._features(x)
         features_recon = self._features(recon)

@@ -63,7 +63,7 @@ BAD = [
     (f"{TRAIN} --data.train unreadable", "none of the 1 pictures of unreadable can be read"),
     (f"{TRAIN} --data.validation nope", "there is no data at nope"),
     (f"{TRAIN} --data.validation empty", "empty holds no pictures"),
-    (f"{TRAIN} --data.validation mixed", "cannot read the picture mixed/0.png"),
+    (f"{TRAIN} --data.validation unreadable", "none of the 1 pictures can be read; the first: cannot read the picture"),
     (f"{TRAIN} --data.size 17", "data.size is 17, it must be a multiple of the factor 2"),
     (f"{TRAIN} --data.size -16", "data.size is -16, it must be at least 1 pixel"),
     # weights

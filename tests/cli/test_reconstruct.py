@@ -79,14 +79,24 @@ def test_reconstruct_measures_a_perceptual_term_by_its_name(vae_folder, pictures
     assert "ms_ssim" in json.loads(capsys.readouterr().out)["evaluation"]["rows"][0]["means"]
 
 
-def test_reconstruct_replaces_a_folder_only_when_told(vae_folder, pictures, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old.txt").write_text("old")
+def test_reconstruct_replaces_an_earlier_one_only_when_told(vae_folder, pictures, tmp_path):
+    out = tmp_path / "out"
+    assert reconstruct(vae_folder, pictures, "--out", out) == 0
+    (out / "report.json").write_text("old")
 
-    assert reconstruct(vae_folder, pictures, "--out", tmp_path / "out") == 2
-    assert (tmp_path / "out" / "old.txt").read_text() == "old"
-    assert reconstruct(vae_folder, pictures, "--out", tmp_path / "out", "--overwrite") == 0
-    assert not (tmp_path / "out" / "old.txt").exists()
+    assert reconstruct(vae_folder, pictures, "--out", out) == 2
+    assert (out / "report.json").read_text() == "old"
+    assert reconstruct(vae_folder, pictures, "--out", out, "--overwrite") == 0
+    assert (out / "report.json").read_text() != "old"
+
+
+def test_reconstruct_never_replaces_what_it_did_not_write(vae_folder, pictures, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("old")
+
+    assert reconstruct(vae_folder, pictures, "--out", tmp_path / "out", "--overwrite") == 2
+    assert "is not a reconstruction (it holds thesis.tex)" in capsys.readouterr().err
+    assert (tmp_path / "out" / "thesis.tex").read_text() == "old"
 
 
 def test_reconstruct_gives_the_same_report_again(vae_folder, pictures, tmp_path):
