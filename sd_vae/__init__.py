@@ -3,9 +3,10 @@
 Importing this package is cheap: torch and diffusers are imported when a name that needs them is first used.
 """
 
-import importlib
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from sd_vae._lazy import lazy_exports
 
 __version__ = version("sd-vae")
 
@@ -50,15 +51,4 @@ if TYPE_CHECKING:
     from sd_vae.images import crop, open_image, pad_to_factor, to_pil, to_tensor
     from sd_vae.posterior import DiagonalGaussian
 
-
-def __getattr__(name: str) -> Any:
-    """Import a public name on first use."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_exports(__name__, _HOMES)

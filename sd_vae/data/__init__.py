@@ -3,8 +3,9 @@
 Importing this package is cheap: torch and datasets are imported when a name that needs them is first used.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from sd_vae._lazy import lazy_exports
 
 __all__ = [
     "Batch",
@@ -39,15 +40,4 @@ if TYPE_CHECKING:
     from sd_vae.data.sources import ImageSource, open_source
     from sd_vae.data.transforms import center_crop, random_resized_crop
 
-
-def __getattr__(name: str) -> Any:
-    """Import a public name on first use."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_exports(__name__, _HOMES)

@@ -4,8 +4,9 @@ Importing this package is cheap: torch and the perceptual networks are imported 
 used.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from sd_vae._lazy import lazy_exports
 
 __all__ = [
     "KLConfig",
@@ -38,15 +39,4 @@ if TYPE_CHECKING:
     from sd_vae.losses.perceptual import Perceptual, build_perceptual
     from sd_vae.losses.reconstruction import reconstruction_loss
 
-
-def __getattr__(name: str) -> Any:
-    """Import a public name on first use."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_exports(__name__, _HOMES)
