@@ -22,6 +22,7 @@ __all__ = [
     "pad_to_factor",
     "save_vae",
     "set_checks",
+    "set_overflow",
     "to_pil",
     "to_tensor",
 ]
@@ -38,6 +39,7 @@ _HOMES = {
     "pad_to_factor": "sd_vae.images",
     "save_vae": "sd_vae.checkpoints",
     "set_checks": "sd_vae.checks",
+    "set_overflow": "sd_vae.checks",
     "to_pil": "sd_vae.images",
     "to_tensor": "sd_vae.images",
 }
@@ -45,7 +47,7 @@ _HOMES = {
 if TYPE_CHECKING:
     from sd_vae.autoencoder import AutoencoderKL
     from sd_vae.checkpoints import load_vae, save_vae
-    from sd_vae.checks import set_checks
+    from sd_vae.checks import set_checks, set_overflow
     from sd_vae.config import PRESETS, VAEConfig
     from sd_vae.errors import UserError
     from sd_vae.images import crop, open_image, pad_to_factor, to_pil, to_tensor

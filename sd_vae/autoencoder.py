@@ -26,7 +26,7 @@ from sd_vae._diffusers import (
     get_activation,
     register_to_config,
 )
-from sd_vae.checks import require_finite, require_image, require_latent
+from sd_vae.checks import ensure_finite, require_image, require_latent
 from sd_vae.config import VAEConfig
 from sd_vae.errors import UserError
 from sd_vae.posterior import DiagonalGaussian
@@ -288,13 +288,13 @@ class AutoencoderKL(DiffusersAutoencoderKL):
             return_dict: False for a plain tuple.
 
         Raises:
-            UserError: Wrong number of dimensions or channels, a size that the factor does not divide, or, on the CPU
-                and where `set_checks(True)` asks for it, values that are not finite.
+            UserError: Wrong number of dimensions or channels, a size that the factor does not divide, or values that
+                are not finite, looked for as in `sd_vae.checks.ensure_finite`.
         """
         require_image(x, self.config.in_channels, self.factor)
         slices = x.split(1) if self.use_slicing and len(x) > 1 else [x]
         moments = torch.cat([self._encode(part) for part in slices]) if len(slices) > 1 else self._encode(x)
-        require_finite(self, "encode", x, moments)
+        moments = ensure_finite(self, "encode", x, moments)
         posterior = DiagonalGaussian(moments)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
@@ -316,7 +316,7 @@ class AutoencoderKL(DiffusersAutoencoderKL):
         slices = z.split(1) if self.use_slicing and len(z) > 1 else [z]
         parts = [self._decode(part, return_dict=False)[0] for part in slices]
         x = torch.cat(parts) if len(parts) > 1 else parts[0]
-        require_finite(self, "decode", z, x)
+        x = ensure_finite(self, "decode", z, x)
         return DecoderOutput(sample=x) if return_dict else (x,)
 
     def _encode(self, x: Tensor) -> Tensor:

@@ -2,23 +2,44 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from sd_vae.errors import UserError
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
-__all__ = ["require_finite", "require_image", "require_latent", "set_checks"]
+    from sd_vae.autoencoder import AutoencoderKL
+
+__all__ = ["Action", "ensure_finite", "require_image", "require_latent", "set_checks", "set_overflow"]
+
+Action = Literal["encode", "decode"]
+"""A method whose result is looked at."""
 
 _check_everywhere = False
+_overflow: Literal["repeat", "raise"] = "repeat"
 
 
 def set_checks(enabled: bool) -> None:
     """Check that tensors are finite on a GPU too, where looking costs a synchronisation; on the CPU it is always on."""
     global _check_everywhere
     _check_everywhere = enabled
+
+
+def set_overflow(policy: Literal["repeat", "raise"]) -> None:
+    """Choose what follows where encode or decode overflows in half precision, for every model in this process.
+
+    Args:
+        policy: "repeat", the default, runs it once more in a wider dtype and warns; "raise" raises a `UserError`. Both
+            name the layer that overflowed first.
+
+    Raises:
+        UserError: Another policy.
+    """
+    global _overflow
+    if policy not in ("repeat", "raise"):
+        raise UserError(f"unknown overflow policy {policy!r}; choose repeat or raise.")
+    _overflow = policy
 
 
 def require_image(x: Tensor, num_channels: int, factor: int) -> None:
@@ -68,28 +89,47 @@ def _require_shape(name: str, tensor: Tensor, num_channels: int) -> None:
         raise UserError(f"{name} has dtype {tensor.dtype}, it must be a float type; pictures go through to_tensor.")
 
 
-def require_finite(module: torch.nn.Module, action: str, given: Tensor, result: Tensor) -> None:
-    """Check input and result of encode or decode for NaN and infinity.
+def ensure_finite(vae: AutoencoderKL, action: Action, given: Tensor, result: Tensor) -> Tensor:
+    """Return the result of encode or decode, known to be finite wherever it was looked at.
 
-    Looks on the CPU, and on a GPU after `set_checks(True)`; never while training, compiling or capturing.
+    Looks on the CPU, at every result in half precision, and everywhere after `set_checks(True)`; never while training,
+    compiling or capturing. Half precision overflows where other dtypes do not, so there a look is worth the
+    synchronisation that it costs on a GPU, and its overflow is repeated or raised, as `set_overflow` says.
+
+    Args:
+        vae: The model.
+        action: Which of its methods gave the result.
+        given: What that was given.
+        result: What it gave.
+
+    Returns:
+        `result` itself, or the outcome of the repeated run.
 
     Raises:
         UserError: A value is not finite; says whether it came in or arose inside.
     """
     import torch
 
-    if module.training or torch.compiler.is_compiling() or not (result.device.type == "cpu" or _check_everywhere):
-        return
+    is_half = result.dtype in (torch.float16, torch.bfloat16)
+    if vae.training or torch.compiler.is_compiling() or result.device.type == "meta":
+        return result
+    if not (is_half or result.device.type == "cpu" or _check_everywhere):
+        return result
     if result.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return
+        return result
     if bool(result.isfinite().all()):
-        return
+        return result
     num_bad = int((~given.isfinite()).sum())
     if num_bad:
         raise UserError(
             f"{action} was given {num_bad} values that are not finite, of {given.numel()}; clean its input first."
         )
+    if is_half:
+        from sd_vae.half_precision.overflow import mend_overflow
+
+        return mend_overflow(vae, action, given, result.dtype, repeat=_overflow == "repeat")
     raise UserError(
-        f"{action} gave values that are not finite in {str(result.dtype).removeprefix('torch.')}; run it in float32 or "
-        "bfloat16, and if it fails there too the weights are damaged."
+        f"{action} gave values that are not finite in {str(result.dtype).removeprefix('torch.')} from an input of "
+        f"largest magnitude {float(given.abs().max()):.1e}; give it images in [-1, 1] or unscaled latents, and if it "
+        "fails for those too the weights are damaged."
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sd_vae import UserError, set_checks
-from sd_vae.checks import require_finite, require_image, require_latent
+from sd_vae.checks import ensure_finite, require_image, require_latent
 
 
 @pytest.fixture
@@ -76,38 +76,43 @@ def module() -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_require_finite_blames_the_input_that_was_bad(module, bad) -> None:
+def test_ensure_finite_blames_the_input_that_was_bad(module, bad) -> None:
     given = torch.zeros(1, 1, 2, 2)
     given[..., 0, 0] = bad
 
     with pytest.raises(
         UserError, match=r"encode was given 1 values that are not finite, of 4; clean its input first\."
     ):
-        require_finite(module, "encode", given, given)
+        ensure_finite(module, "encode", given, given)
 
 
-def test_require_finite_blames_dtype_or_weights_where_the_input_was_good(module) -> None:
-    given, result = torch.zeros(2), torch.full((2,), float("nan"), dtype=torch.float16)
+def test_ensure_finite_blames_weights_or_range_where_the_input_was_finite(module) -> None:
+    given, result = torch.full((2,), 3e9), torch.full((2,), float("nan"))
 
-    with pytest.raises(UserError, match=r"decode gave values that are not finite in float16; run it in float32 or bf"):
-        require_finite(module, "decode", given, result)
+    with pytest.raises(
+        UserError,
+        match=r"decode gave values that are not finite in float32 from an input of largest magnitude 3.0e\+09",
+    ):
+        ensure_finite(module, "decode", given, result)
 
 
-def test_require_finite_passes_finite_values(module) -> None:
-    require_finite(module, "encode", torch.zeros(2), torch.zeros(2))
+def test_ensure_finite_returns_finite_values_as_they_are(module) -> None:
+    result = torch.zeros(2)
+
+    assert ensure_finite(module, "encode", torch.zeros(2), result) is result
 
 
-def test_require_finite_does_not_look_while_training(module) -> None:
-    require_finite(module.train(), "encode", torch.zeros(2), torch.full((2,), float("nan")))
+def test_ensure_finite_does_not_look_while_training(module) -> None:
+    ensure_finite(module.train(), "encode", torch.zeros(2), torch.full((2,), float("nan")))
 
 
 class Elsewhere:
     """Stands for a tensor on another device, where looking at values would cost a synchronisation."""
 
     device = torch.device("xpu")
-    dtype = torch.float32
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
         self.was_looked_at = False
 
     def isfinite(self) -> torch.Tensor:
@@ -115,10 +120,10 @@ class Elsewhere:
         return torch.tensor([True])
 
 
-def test_require_finite_does_not_look_at_other_devices(module) -> None:
+def test_ensure_finite_does_not_look_at_other_devices(module) -> None:
     result = Elsewhere()
 
-    require_finite(module, "decode", torch.zeros(1), result)
+    ensure_finite(module, "decode", torch.zeros(1), result)
 
     assert not result.was_looked_at
 
@@ -127,11 +132,21 @@ def test_require_finite_does_not_look_at_other_devices(module) -> None:
 def test_set_checks_looks_at_other_devices_too(module) -> None:
     result = Elsewhere()
 
-    require_finite(module, "decode", torch.zeros(1), result)
+    ensure_finite(module, "decode", torch.zeros(1), result)
 
     assert result.was_looked_at
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_ensure_finite_looks_at_half_precision_on_every_device(module, dtype) -> None:
+    result = Elsewhere(dtype)
+
+    ensure_finite(module, "decode", torch.zeros(1), result)
+
+    assert result.was_looked_at
+
+
+@pytest.mark.usefixtures("everywhere")
 def test_meta_tensors_pass_through_the_model() -> None:
     from sd_vae import AutoencoderKL
 
