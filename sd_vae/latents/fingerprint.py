@@ -1,0 +1,82 @@
+"""What a latent depends on besides its picture: the encoder's weights, and the machine that ran them."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import re
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sd_vae.errors import UserError
+from sd_vae.latents.format import Numerics
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["encoder_fingerprint", "numerics_of"]
+
+_LIBRARIES = ("sd-vae", "torch", "numpy", "pillow", "pyarrow", "safetensors")
+"""Libraries whose version may change a byte of a store: they decode, compute or write."""
+
+
+def encoder_fingerprint(vae: torch.nn.Module) -> str:
+    """Return the sha256 of the weights that encoding reads, in hexadecimal.
+
+    Over the tensors of `encoder` and `quant_conv` in the order of their names: name, dtype, shape and the numbers in
+    row-major order, little-endian. The decoder, the device and the memory layout leave it as it is; another dtype does
+    not, because it encodes to other numbers.
+
+    Raises:
+        UserError: The VAE has no encoder, or its weights are not loaded.
+    """
+    import torch
+
+    tensors = {
+        name: tensor
+        for name, tensor in vae.state_dict().items()
+        # Fused projections repeat q, k and v.
+        if name.startswith(("encoder.", "quant_conv.")) and ".to_qkv." not in name
+    }
+    if not tensors:
+        raise UserError(f"a {type(vae).__name__} has no tensors named encoder.*; pass an AutoencoderKL.")
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        if tensor.is_meta:
+            raise UserError(f"{name} is on the meta device and has no values; load the weights first.")
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        digest.update(f"{name} {dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def numerics_of(device: torch.device | str, threads_per_picture: int = 1, libraries: Iterable[str] = ()) -> Numerics:
+    """Return what this machine adds to the last bits of a latent.
+
+    Args:
+        device: Where the encoder runs.
+        threads_per_picture: Threads that encode one picture.
+        libraries: Distributions beside the usual ones whose version counts, such as diffusers.
+    """
+    import torch
+
+    device = torch.device(device)
+    is_cuda = device.type == "cuda"
+    return Numerics(
+        device=torch.cuda.get_device_name(device) if is_cuda else device.type,
+        cpu=f"{_cpu_model()}, {torch.backends.cpu.get_cpu_capability()}",
+        threads_per_picture=threads_per_picture,
+        versions={library: version(library) for library in (*_LIBRARIES, *libraries)},
+    )
+
+
+def _cpu_model() -> str:
+    """The CPU's name as its maker gives it, where the system tells."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    names = re.findall(r"^model name\s*:\s*(.+)$", text, flags=re.MULTILINE)
+    return names[0].strip() if names else platform.processor() or platform.machine()
