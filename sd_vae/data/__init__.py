@@ -1,4 +1,4 @@
-"""Pictures for training: where they come from, the crop of each, and an order that can be resumed anywhere.
+"""Pictures for training and for encoding: where they come from, what is cut from each, and in which order.
 
 Importing this package is cheap: torch and datasets are imported when a name that needs them is first used.
 """
@@ -10,33 +10,63 @@ from sd_vae._lazy import lazy_exports
 __all__ = [
     "Batch",
     "DataConfig",
+    "Decoded",
     "ImageSource",
+    "Picture",
+    "PictureTransform",
+    "Record",
+    "Records",
+    "Reject",
+    "View",
     "center_crop",
+    "decode_picture",
+    "decoder_versions",
     "epoch_permutation",
+    "open_records",
     "open_source",
+    "picture_loader",
     "posterior_noise",
+    "prepare",
     "random_resized_crop",
     "sample_rng",
     "training_loader",
+    "views",
 ]
 
 _HOMES = {
     "Batch": "sd_vae.data.loader",
     "DataConfig": "sd_vae.data.config",
+    "Decoded": "sd_vae.data.decoding",
     "ImageSource": "sd_vae.data.sources",
+    "Picture": "sd_vae.data.pictures",
+    "PictureTransform": "sd_vae.data.geometry",
+    "Record": "sd_vae.data.records",
+    "Records": "sd_vae.data.records",
+    "Reject": "sd_vae.data.decoding",
+    "View": "sd_vae.data.geometry",
     "center_crop": "sd_vae.data.transforms",
+    "decode_picture": "sd_vae.data.decoding",
+    "decoder_versions": "sd_vae.data.decoding",
     "epoch_permutation": "sd_vae.data.randomness",
+    "open_records": "sd_vae.data.records",
     "open_source": "sd_vae.data.sources",
+    "picture_loader": "sd_vae.data.pictures",
     "posterior_noise": "sd_vae.data.randomness",
+    "prepare": "sd_vae.data.pictures",
     "random_resized_crop": "sd_vae.data.transforms",
     "sample_rng": "sd_vae.data.randomness",
     "training_loader": "sd_vae.data.loader",
+    "views": "sd_vae.data.geometry",
 }
 
 if TYPE_CHECKING:
     from sd_vae.data.config import DataConfig
+    from sd_vae.data.decoding import Decoded, Reject, decode_picture, decoder_versions
+    from sd_vae.data.geometry import PictureTransform, View, views
     from sd_vae.data.loader import Batch, training_loader
+    from sd_vae.data.pictures import Picture, picture_loader, prepare
     from sd_vae.data.randomness import epoch_permutation, posterior_noise, sample_rng
+    from sd_vae.data.records import Record, Records, open_records
     from sd_vae.data.sources import ImageSource, open_source
     from sd_vae.data.transforms import center_crop, random_resized_crop
 

@@ -24,7 +24,7 @@ from sd_vae.data.sources import ImageSource
 from sd_vae.data.transforms import random_resized_crop
 from sd_vae.errors import UserError
 
-__all__ = ["Batch", "TrainingLoader", "training_loader"]
+__all__ = ["Batch", "TrainingLoader", "ignore_interrupts", "training_loader"]
 
 
 class Batch(NamedTuple):
@@ -70,7 +70,7 @@ def training_loader(
             num_workers=config.num_workers,
             collate_fn=_collate,
             pin_memory=pin_memory,
-            worker_init_fn=_ignore_interrupts,
+            worker_init_fn=ignore_interrupts,
             generator=torch.Generator(),  # otherwise the loader draws from the global generator
         )
     )
@@ -166,6 +166,7 @@ def _collate(samples: list[_Sample]) -> Batch | str:
     )
 
 
-def _ignore_interrupts(_: int) -> None:
+def ignore_interrupts(worker: int) -> None:
+    """Leave Ctrl-C to the main process; for the workers of a loader."""
     # Ctrl-C reaches the whole process group; the training process decides what it means, and still needs its data.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -12,7 +12,7 @@ from sd_vae.images import IMAGE_SUFFIXES, list_images, open_image
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["ImageSource", "open_source"]
+__all__ = ["HUB_PREFIX", "ImageSource", "hub_dataset", "open_source", "undecoded"]
 
 HUB_PREFIX = "hf://"
 KINDS = "give a folder of pictures, a parquet file or folder, or hf://DATASET[:SPLIT]"
@@ -129,6 +129,19 @@ def _num_rows(file: Path, column: str) -> int:
 
 
 def _open_hub(spec: str, column: str) -> ImageSource:
+    dataset = hub_dataset(spec)
+    _require_column(spec, dataset.column_names, column)
+    if not len(dataset):
+        raise UserError(f"{spec} holds no rows; choose another split.")
+    return _as_source(spec, dataset.select_columns([column]), column)
+
+
+def hub_dataset(spec: str, *, streaming: bool = False) -> Any:
+    """Return the data set that hf://DATASET[:SPLIT] names: `datasets.Dataset`, or `IterableDataset` when streaming.
+
+    Raises:
+        UserError: It has no name, does not exist, or cannot be reached.
+    """
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
@@ -136,17 +149,15 @@ def _open_hub(spec: str, column: str) -> ImageSource:
     if not name:
         raise UserError(f"{spec} names no data set; write hf://DATASET[:SPLIT].")
     try:
-        dataset = load_dataset(name, split=split or "train")
+        if streaming:
+            return load_dataset(name, split=split or "train", streaming=True)
+        return load_dataset(name, split=split or "train")
     except (OSError, ValueError, DatasetsError) as error:  # not reachable, no such data set, no such split
         reason = " ".join(str(error).split())
         raise UserError(
             f"cannot load {spec}: {reason}; check its name and split and the network, or download it and name the "
             "folder."
         ) from error
-    _require_column(spec, dataset.column_names, column)
-    if not len(dataset):
-        raise UserError(f"{spec} holds no rows; choose another split.")
-    return _as_source(spec, dataset.select_columns([column]), column)
 
 
 def _require_column(place: str, columns: list[str], column: str) -> None:
@@ -155,13 +166,20 @@ def _require_column(place: str, columns: list[str], column: str) -> None:
 
 
 def _as_source(spec: str, dataset: Any, column: str) -> ImageSource:
-    """The source over a column of files, encoded pictures, or both."""
+    return ImageSource(spec, undecoded(spec, dataset, column), column)
+
+
+def undecoded(spec: str, dataset: Any, column: str) -> Any:
+    """Return a data set whose column of files, encoded pictures, or both gives undecoded pictures.
+
+    Raises:
+        UserError: The column holds something else.
+    """
     import pyarrow
     from datasets import Image
 
-    kind = dataset.features[column]
     try:
-        dataset = dataset.cast_column(column, Image(decode=False))
+        return dataset.cast_column(column, Image(decode=False))
     except (pyarrow.ArrowException, TypeError, ValueError) as error:
+        kind = dataset.features[column]
         raise UserError(f"column {column!r} of {spec} holds {kind}, not pictures; choose another column.") from error
-    return ImageSource(spec, dataset, column)
