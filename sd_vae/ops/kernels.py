@@ -1,0 +1,194 @@
+"""What numba compiles: 3x3 convolution by Winograd F(4x4, 3x3), its weights, and GroupNorm's statistics.
+
+A convolution works through blocks of 4x4 output tiles. A block normalises the pixels that it reads (so a normalised
+feature map is never stored), transforms them, multiplies 36 matrices, and transforms back into the output, all in
+memory that stays in the processor's cache. Threads take blocks from a counter; no sum depends on which thread or block
+it falls into. Addresses are integers that `sd_vae.ops.winograd` has checked; lengths named *_bytes are in bytes.
+"""
+
+import numpy as np
+from numba import njit
+
+from sd_vae.ops.vectors import (
+    LANES,
+    ROWS,
+    atomic_add,
+    input_transform,
+    multiply,
+    output_transform,
+    scale_shift_silu,
+    store_zero,
+)
+
+__all__ = ["convolve", "fill_window", "fingerprint", "normalise", "statistics", "transform_weights"]
+
+VECTOR_BYTES = 4 * LANES
+PANEL_BYTES = 8 * LANES
+PANEL = 2 * LANES  # output channels of one register tile
+MIX = np.uint64(0x9E3779B97F4A7C15)
+
+
+@njit(cache=True, nogil=True)
+def _clear(address, num_bytes):  # type: ignore[no-untyped-def]
+    """Zeros from an address on."""
+    for c in range(0, num_bytes, VECTOR_BYTES):
+        store_zero(address + c)
+
+
+@njit(cache=True, nogil=True)
+def normalise(source, num_pixels, width_bytes, scale, shift, activate, target):  # type: ignore[no-untyped-def]
+    """Scale, shift and perhaps SiLU of consecutive pixels, each `width_bytes` of channels."""
+    for pixel in range(num_pixels):
+        base = pixel * width_bytes
+        for c in range(0, width_bytes, VECTOR_BYTES):
+            scale_shift_silu(source + base + c, target + base + c, scale + c, shift + c, activate)
+
+
+@njit(cache=True, nogil=True)
+def fill_window(rows, first_row, first_column, height, width, num_columns, width_bytes, norm, target):  # type: ignore[no-untyped-def]
+    """Normalised pixels of a window into a map, zero outside it; `rows` holds each row's address, 0 for a row outside.
+
+    norm: addresses of scale and shift, and whether SiLU follows.
+    """
+    scale, shift, activate = norm
+    for i in range(height):
+        row = rows[first_row + i]
+        line = target + i * width * width_bytes
+        before = min(width, max(0, -first_column))
+        after = min(width, max(before, num_columns - first_column))
+        if row == 0:
+            before = after = width
+        _clear(line, before * width_bytes)
+        source = row + (first_column + before) * width_bytes
+        normalise(source, after - before, width_bytes, scale, shift, activate, line + before * width_bytes)
+        _clear(line + after * width_bytes, (width - after) * width_bytes)
+
+
+@njit(cache=True, nogil=True)
+def convolve(counter, thread, grid, block, rows, num_columns, channels, norm, weights, points, double, out, scratch):  # type: ignore[no-untyped-def]
+    """Blocks of one convolution until the counter runs out.
+
+    grid: tiles down and across, output rows and columns. block: tiles down and across. rows: address of each source row
+    from the one above the first. channels: in, out. norm: addresses of scale and shift, and whether SiLU follows.
+    weights: addresses of the transformed weights and the bias. points: which of the 36 to multiply, the others being
+    zero. double: whether every source pixel is read as if repeated 2x2. out: address, and whether to add to it.
+    scratch: addresses of patch, points in, points out; bytes between points in, points out; bytes a thread.
+    """
+    tiles_down, tiles_across, out_height, out_width = grid
+    block_down, block_across = block
+    in_bytes, out_bytes = channels[0] * 4, channels[1] * 4
+    step = 2 if double else 4
+    own = thread * scratch[5]
+    patch, left, product = scratch[0] + own, scratch[1] + own, scratch[2] + own
+    left_step, product_step = scratch[3], scratch[4]
+    table = np.empty(36, np.int64)
+    table_address = table.ctypes.data
+    if len(points) < 36:
+        _clear(product, 36 * product_step)
+    blocks_across = -(-tiles_across // block_across)
+    num_blocks = -(-tiles_down // block_down) * blocks_across
+    while True:
+        index = atomic_add(counter, 1)
+        if index >= num_blocks:
+            break
+        top, start = index // blocks_across * block_down, index % blocks_across * block_across
+        down, across = min(block_down, tiles_down - top), min(block_across, tiles_across - start)
+        width = across * step + 2
+        fill_window(rows, top * step, start * step - 1, down * step + 2, width, num_columns, in_bytes, norm, patch)
+        for tile in range(down * across):
+            y, x = tile // across * step, tile % across * step
+            for i in range(6):
+                for j in range(6):
+                    dy, dx = ((i + 1) >> 1, (j + 1) >> 1) if double else (i, j)
+                    table[6 * i + j] = patch + ((y + dy) * width + x + dx) * in_bytes
+            target = left + tile // ROWS * ROWS * in_bytes + tile % ROWS * VECTOR_BYTES
+            for c in range(0, in_bytes, VECTOR_BYTES):
+                input_transform(table_address, c, target + c * ROWS, left_step)
+        num_groups = -(-down * across // ROWS)
+        for p in points:
+            for panel in range(0, out_bytes, PANEL_BYTES):
+                right = weights[0] + (p * out_bytes + panel) * channels[0]
+                for group in range(num_groups):
+                    a = left + p * left_step + group * ROWS * in_bytes
+                    c = product + p * product_step + group * ROWS * out_bytes + panel * ROWS
+                    multiply(a, right, c, channels[0] // LANES)
+        for tile in range(down * across):
+            y, x = (top + tile // across) * 4, (start + tile % across) * 4
+            for i in range(4):
+                for j in range(4):
+                    inside = y + i < out_height and x + j < out_width
+                    # Beyond the edge: thrown onto the patch, which is spent.
+                    table[4 * i + j] = out[0] + ((y + i) * out_width + x + j) * out_bytes if inside else patch
+            source = product + tile // ROWS * ROWS * out_bytes + tile % ROWS * PANEL_BYTES
+            for panel in range(0, out_bytes, PANEL_BYTES):
+                for c in range(0, PANEL_BYTES, VECTOR_BYTES):
+                    output_transform(source + panel * ROWS + c, product_step, table_address, panel + c, weights[1], out[1])
+
+
+@njit(cache=True, nogil=True)
+def transform_weights(counter, weight, target):  # type: ignore[no-untyped-def]
+    """G w G^T of 3x3 weights (C_out, C_in, 3, 3), any strides, into (36, C_out / PANEL, C_in, PANEL), panel by panel."""
+    _, num_panels, num_inputs, _ = target.shape
+    half = np.empty((6, 3, PANEL), np.float64)
+    while True:
+        panel = atomic_add(counter, 1)
+        if panel >= num_panels:
+            break
+        for c in range(num_inputs):
+            for lane in range(PANEL):
+                for x in range(3):
+                    w = weight[panel * PANEL + lane, c]
+                    _points(w[0, x], w[1, x], w[2, x], half[:, x, lane])
+            for lane in range(PANEL):
+                for i in range(6):
+                    _points(half[i, 0, lane], half[i, 1, lane], half[i, 2, lane], target[6 * i : 6 * i + 6, panel, c, lane])
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _points(w0, w1, w2, target):  # type: ignore[no-untyped-def]
+    """G w: three weights to six points."""
+    even, twice = w0 + w2, w0 / 24 + w2 / 6
+    target[0] = w0 / 4
+    target[1] = -(even + w1) / 6
+    target[2] = -(even - w1) / 6
+    target[3] = twice + w1 / 12
+    target[4] = twice - w1 / 12
+    target[5] = w2
+
+
+@njit(cache=True, nogil=True)
+def statistics(band, mean, second):  # type: ignore[no-untyped-def]
+    """Each row's mean and sum of squared differences from it, by channel: (R, W, C) into two of (R, C).
+
+    Sums of differences from the row's first pixel, so that a mean far from zero does not cancel.
+    """
+    num_rows, num_columns, num_channels = band.shape
+    shift = np.empty(num_channels, np.float32)
+    first, squares = np.empty(num_channels, np.float32), np.empty(num_channels, np.float32)
+    for row in range(num_rows):
+        shift[:] = band[row, 0]
+        first[:] = 0
+        squares[:] = 0
+        for column in range(num_columns):
+            for c in range(num_channels):
+                difference = band[row, column, c] - shift[c]
+                first[c] += difference
+                squares[c] += difference * difference
+        for c in range(num_channels):
+            mean[row, c] = np.float64(shift[c]) + np.float64(first[c]) / num_columns
+            second[row, c] = squares[c] - np.float64(first[c]) * first[c] / num_columns
+
+
+@njit(cache=True, nogil=True)
+def fingerprint(words):  # type: ignore[no-untyped-def]
+    """A 64-bit hash of a contiguous array of uint32, in lanes that the processor runs side by side."""
+    lanes = np.full(32, MIX, np.uint64)
+    for start in range(0, len(words) - 31, 32):
+        for lane in range(32):
+            lanes[lane] = (lanes[lane] ^ np.uint64(words[start + lane])) * MIX + np.uint64(lane)
+    for index in range(len(words) // 32 * 32, len(words)):
+        lanes[index % 32] = (lanes[index % 32] ^ np.uint64(words[index])) * MIX
+    result = np.uint64(len(words))
+    for lane in range(32):
+        result = (result ^ (lanes[lane] >> np.uint64(29)) ^ lanes[lane]) * MIX
+    return result

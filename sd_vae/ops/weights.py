@@ -1,0 +1,105 @@
+"""Winograd's transformed weights, four times the size of the plain ones, kept between inference calls within a budget.
+
+What is kept is found by the weight's address and trusted only if the weight's bytes still have the fingerprint they had:
+an optimiser, a fused LoRA or anything else that writes into a weight is seen however it wrote, at a hundredth of a
+convolution's cost. Nothing is kept while gradients are on.
+"""
+
+import threading
+import weakref
+from collections import OrderedDict
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from sd_vae.ops import kernels
+from sd_vae.ops.threads import run_together
+from sd_vae.ops.workspace import Workspace
+
+__all__ = ["BUDGET_BYTES", "forget", "held_bytes", "set_budget", "transformed"]
+
+BUDGET_BYTES = 256 * 2**20
+"""Kept at most, unless `set_budget` says otherwise."""
+
+Points = npt.NDArray[np.float32]  # (36, C_out / PANEL, C_in, PANEL)
+Key = tuple[int, tuple[int, ...], tuple[int, ...]]
+
+_budget_bytes = BUDGET_BYTES
+_kept: OrderedDict[Key, tuple[int, Points]] = OrderedDict()  # least recently used first
+_owners: dict[Key, weakref.ref[Tensor]] = {}  # a weight that dies takes its entry along
+_lock = threading.Lock()
+
+
+def set_budget(num_bytes: int) -> None:
+    """Keep at most this much of transformed weights between calls; 0 keeps nothing."""
+    global _budget_bytes
+    _budget_bytes = num_bytes
+    with _lock:
+        _shrink(0)
+
+
+def held_bytes() -> int:
+    """Transformed weights kept now."""
+    return sum(points.nbytes for _, points in _kept.values())
+
+
+def forget(weights: "list[Tensor] | None" = None) -> None:
+    """Drop what is kept for these weights, or everything."""
+    with _lock:
+        for key in [_key(weight) for weight in weights] if weights is not None else list(_kept):
+            _discard(key)
+
+
+def transformed(weight: Tensor, workspace: Workspace | None, *, keep: bool) -> Points:
+    """Return G w G^T of weights (C_out, C_in, 3, 3), fp32, in the kernels' order (36, C_out/PANEL, C_in, PANEL).
+
+    Args:
+        weight: Any strides.
+        workspace: Where to put what is not kept, good until the next call; None allocates.
+        keep: Whether it may be kept for the next call.
+    """
+    num_bytes = 4 * weight.numel() * 4
+    if not keep or num_bytes > _budget_bytes:
+        return _transform(weight, workspace)
+    key, mark = _key(weight), _fingerprint(weight)
+    with _lock:
+        found = _kept.get(key)
+        if found is not None and found[0] == mark:
+            _kept.move_to_end(key)
+            return found[1]
+        _discard(key)
+    points = _transform(weight, None)
+    with _lock:
+        _shrink(points.nbytes)
+        _kept[key] = (mark, points)
+        _owners[key] = weakref.ref(weight, lambda _: _discard(key))
+    return points
+
+
+def _discard(key: Key) -> None:
+    _kept.pop(key, None)
+    _owners.pop(key, None)
+
+
+def _shrink(more_bytes: int) -> None:
+    while _kept and held_bytes() + more_bytes > _budget_bytes:
+        _discard(next(iter(_kept)))
+
+
+def _key(weight: Tensor) -> Key:
+    return weight.data_ptr(), tuple(weight.shape), tuple(weight.stride())
+
+
+def _fingerprint(weight: Tensor) -> int:
+    flat = weight if weight.is_contiguous() else weight.contiguous()
+    return int(kernels.fingerprint(flat.view(-1).view(torch.int32).numpy().view(np.uint32)))
+
+
+def _transform(weight: Tensor, workspace: Workspace | None) -> Points:
+    shape = (36, weight.shape[0] // kernels.PANEL, weight.shape[1], kernels.PANEL)
+    room = torch.empty(shape) if workspace is None else workspace.scratch("weights", shape, torch.float32)
+    counter, plain, points = np.zeros(1, np.int64), weight.numpy(), room.numpy()
+    run_together(lambda _: kernels.transform_weights(counter.ctypes.data, plain, points))
+    return points
