@@ -1,12 +1,23 @@
 import io
+import struct
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 from sd_vae.errors import UserError
-from sd_vae.images import crop, list_images, open_image, pad_to_factor, to_pil, to_rgb, to_tensor
+from sd_vae.images import (
+    FORMATS,
+    crop,
+    list_images,
+    open_image,
+    pad_to_factor,
+    to_pil,
+    to_rgb,
+    to_tensor,
+    to_unit_range,
+)
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
 
@@ -39,6 +50,17 @@ def test_open_image_scales_16_bit_grey(kind):
     assert (rgb == RAMP[..., None]).all()
 
 
+@pytest.mark.parametrize("mode", ["I;16", "I"])
+def test_to_rgb_rounds_16_bit_grey_to_nearest(mode):
+    grey = np.arange(65536).reshape(256, 256)
+    image = Image.fromarray(grey.astype(np.uint16 if mode == "I;16" else np.int32))
+
+    rgb = pixels(to_rgb(image))
+
+    assert image.mode == mode
+    assert (rgb[..., 0] == np.round(grey / 257)).all()
+
+
 def test_open_image_looks_palettes_up():
     palette = Image.new("P", (2, 1))
     palette.putpalette([0, 0, 0, 10, 20, 30])
@@ -62,6 +84,56 @@ def test_open_image_converts_cmyk(kind):
     rgb = pixels(open_image(stored(red, kind), "cmyk"))
 
     assert np.abs(rgb.astype(int) - [255, 0, 0]).max() <= 1
+
+
+def cmyk_profile():
+    """A printer profile in which cyan ink is pure green: a look-up table of two points an ink, as CIE Lab."""
+    same = bytes(range(256))
+    inks = [(cyan, black) for cyan in (0, 1) for _ in range(4) for black in (0, 1)]
+    table = b"".join(bytes([255 - 200 * k - 100 * c * (1 - k), 128 - 60 * c, 128 + 60 * c]) for c, k in inks)
+    matrix = struct.pack(">9i", *(65536, 0, 0, 0) * 2, 65536)
+    lut = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + matrix + same * 4 + table + same * 3
+    white = b"XYZ " + bytes(4) + struct.pack(">3i", 63190, 65536, 54061)
+    name = b"desc" + bytes(4) + struct.pack(">I", 5) + b"test\0" + bytes(78)
+    offset, entries, body = 128 + 4 + 3 * 12, struct.pack(">I", 3), b""
+    for tag, value in ((b"desc", name), (b"wtpt", white), (b"A2B0", lut)):
+        entries += tag + struct.pack(">II", offset + len(body), len(value))
+        body += value + bytes(-len(value) % 4)
+    header = struct.pack(">I4sI", offset + len(body), b"test", 0x02100000) + b"prtrCMYKLab "
+    header += struct.pack(">6H", 2020, 1, 1, 0, 0, 0) + b"acsp" + bytes(28) + struct.pack(">3i", 63190, 65536, 54061)
+    return header.ljust(128, b"\0") + entries + body
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "JPEG"])
+def test_open_image_converts_cmyk_by_its_profile(kind):
+    cyan = Image.new("CMYK", (8, 8), (255, 0, 0, 0))
+
+    rgb = pixels(open_image(stored(cyan, kind, icc_profile=cmyk_profile()), "cmyk"))
+
+    # Pillow's own formula would say (0, 255, 255).
+    assert np.abs(rgb.astype(int) - [0, 171, 0]).max() <= 2
+
+
+@pytest.mark.parametrize("form", ["garbage", "rgb"])
+def test_open_image_names_a_cmyk_profile_that_cannot_be_used(form):
+    rgb_profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    file = stored(Image.new("CMYK", (8, 8)), "JPEG", icc_profile=b"none" if form == "garbage" else rgb_profile)
+
+    with pytest.raises(UserError, match=r"cannot read the picture cmyk: its CMYK profile cannot be used \(.*\); save"):
+        open_image(file, "cmyk")
+
+
+def test_to_rgb_leaves_the_profile_of_rgb_alone():
+    image = Image.new("RGB", (1, 1), (10, 200, 30))
+    image.info["icc_profile"] = ImageCms.ImageCmsProfile(ImageCms.createProfile("XYZ")).tobytes()
+
+    assert to_rgb(image).getpixel((0, 0)) == (10, 200, 30)
+
+
+def test_to_rgb_lays_alpha_over_the_background():
+    half = Image.new("RGBA", (1, 1), (0, 0, 0, 51))
+
+    assert to_rgb(half, background=(0, 100, 200)).getpixel((0, 0)) == (0, 80, 160)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
@@ -135,6 +207,23 @@ def test_open_image_names_a_text_file(tmp_path):
         open_image(tmp_path / "text.png")
 
 
+def test_open_image_never_starts_ghostscript():
+    # Pillow would hand a file that says it is EPS to a program, whatever its name.
+    assert "EPS" not in FORMATS
+
+    with pytest.raises(UserError, match=r"cannot read the picture page: cannot identify image file"):
+        open_image(stored(Image.new("RGB", (4, 4)), "EPS"), "page")
+
+
+def test_open_image_names_damage_that_pillow_has_no_word_for():
+    pytest.importorskip("PIL._avif", reason="this Pillow was built without AVIF")
+    whole = stored(Image.new("RGB", (4, 4)), "AVIF").getvalue()
+
+    # Without its table of places, Pillow raises RuntimeError.
+    with pytest.raises(UserError, match=r"cannot read the picture avif: .*; convert it or leave it out\."):
+        open_image(io.BytesIO(whole.replace(b"iloc", b"free")), "avif")
+
+
 def test_open_image_names_a_folder(tmp_path):
     with pytest.raises(UserError, match=r"cannot read the picture .*Is a directory"):
         open_image(tmp_path)
@@ -155,6 +244,12 @@ def test_to_tensor_maps_bytes_to_the_unit_range():
     assert x.shape == (1, 3, 16, 16)
     assert x.dtype == torch.float32
     assert (x.min(), x.max()) == (-1.0, 1.0)
+
+
+def test_to_unit_range_maps_any_shape():
+    x = to_unit_range(torch.tensor([[0, 255]], dtype=torch.uint8))
+
+    assert x.tolist() == [[-1.0, 1.0]]
 
 
 def test_to_pil_is_the_inverse_of_to_tensor():

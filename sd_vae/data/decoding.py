@@ -117,13 +117,14 @@ def decode_picture(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on odd files; they are judged by what comes out
             with open_undecoded(io.BytesIO(data)) as image:
-                size = _upright_size(image)
-                if size[0] * size[1] > max_pixels:
-                    return Reject("too-large", _too_many(size, max_pixels), sha256)
+                width, height = image.size
+                if width * height > max_pixels:
+                    detail = f"{height}x{width} is {width * height} pixels, the limit is {max_pixels}"
+                    return Reject("too-large", detail, sha256)
                 has_more_frames = bool(getattr(image, "is_animated", False))
-                if shrink_to is not None:
-                    _reduce(image, size, shrink_to(size))
-                return Decoded(to_rgb(image, background), sha256, size, has_more_frames)
+                full_size = _shrink(image, shrink_to) if shrink_to is not None else None
+                rgb = to_rgb(image, background)
+                return Decoded(rgb, sha256, full_size or (rgb.height, rgb.width), has_more_frames)
     except UnidentifiedImageError:  # its message holds the address of an object
         return Reject("not-a-picture", "no picture format is recognised", sha256)
     except Image.DecompressionBombError:
@@ -144,17 +145,15 @@ def decoder_versions() -> dict[str, str]:
     return {"pillow": PIL.__version__, **{name: version for name, version in versions.items() if version}}
 
 
-def _upright_size(image: Image.Image) -> Size:
+def _shrink(image: Image.Image, shrink_to: Callable[[Size], Size]) -> Size | None:
+    """Have a JPEG file decoded at the smallest scale that is at least twice the target; its upright size before.
+
+    None for other formats, which have no such scales; of TIFF, `size` is upright already.
+    """
+    if image.format not in ("JPEG", "MPO"):
+        return None
     is_turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
-    return (image.width, image.height) if is_turned else (image.height, image.width)
-
-
-def _reduce(image: Image.Image, size: Size, target: Size) -> None:
-    """Have a JPEG file decoded at the smallest scale that is at least twice the target."""
-    wanted = (2 * target[1], 2 * target[0])
-    is_turned = (image.height, image.width) != size
-    image.draft(None, wanted[::-1] if is_turned else wanted)  # does nothing for other formats
-
-
-def _too_many(size: Size, max_pixels: int) -> str:
-    return f"{size[0]}x{size[1]} is {size[0] * size[1]} pixels, the limit is {max_pixels}"
+    full_size = (image.width, image.height) if is_turned else (image.height, image.width)
+    height, width = shrink_to(full_size)
+    image.draft(None, (2 * height, 2 * width) if is_turned else (2 * width, 2 * height))
+    return full_size
