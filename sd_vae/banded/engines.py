@@ -72,7 +72,7 @@ class TorchEngine:
             return scale_and_shift(source.statistics, norm.weight, norm.bias, norm.eps)
 
     def prepare(self, conv: nn.Module) -> Any:
-        """Return what `convolve` and `double` take for a 3x3 convolution; good until the next is prepared."""
+        """Return what the steps below take for a convolution; good until the next of its kernel size is prepared."""
         return conv
 
     def convolve(
@@ -88,12 +88,12 @@ class TorchEngine:
         wide = F.interpolate(window, scale_factor=2.0, mode="nearest")[:, :, 1 : 3 + stop - start]
         _store(self._apply(conv, wide, 1, 1), out, add=False)
 
-    def halve(self, source: Bands, start: int, stop: int, conv: nn.Module, out: Tensor) -> None:
+    def halve(self, source: Bands, start: int, stop: int, conv: Any, out: Tensor) -> None:
         """Write rows of a 3x3 convolution with stride 2 of the source padded by zeros on the right and at the bottom."""
         window = self._window(source, 2 * start, 2 * stop + 1, None, extra_columns=1)
         _store(conv(window), out, add=False)
 
-    def pointwise(self, source: Bands, start: int, stop: int, conv: nn.Module, out: Tensor) -> None:
+    def pointwise(self, source: Bands, start: int, stop: int, conv: Any, out: Tensor) -> None:
         """Write rows of a 1x1 convolution."""
         row = 0
         for piece in source.pieces(start, stop):
@@ -163,14 +163,36 @@ class CompiledEngine(TorchEngine):
         rows = source.addresses(start // 2 - 1, (stop + 1) // 2 + 1)
         self._winograd(rows, source, conv, None, out, add=False, double=True)
 
+    def halve(self, source: Bands, start: int, stop: int, conv: Any, out: Tensor) -> None:  # noqa: D102
+        if not isinstance(conv, _Panels):
+            super().halve(source, start, stop, conv, out)
+            return
+        rows = source.addresses(2 * start, 2 * stop + 1)
+        self._directly(rows, source, conv, out, taps=3, stride=2)
+
+    def pointwise(self, source: Bands, start: int, stop: int, conv: Any, out: Tensor) -> None:  # noqa: D102
+        if not isinstance(conv, _Panels):
+            super().pointwise(source, start, stop, conv, out)
+            return
+        self._directly(source.addresses(start, stop), source, conv, out, taps=1, stride=1)
+
     def prepare(self, conv: nn.Module) -> Any:  # noqa: D102
-        from sd_vae.ops import weights, winograd
+        from sd_vae.ops import direct, weights, winograd
 
         module: Any = conv
         if not is_plain(conv, nn.Conv2d) or winograd.unsupported(module.in_channels, module.out_channels):
             return conv
-        points = weights.transformed(module.weight.detach(), self.workspace, keep=self.keep_weights)
-        return _Transformed(points, module.bias.detach())
+        bias = module.bias.detach()
+        if module.kernel_size == (3, 3) and module.stride == (1, 1):
+            return _Transformed(weights.transformed(module.weight.detach(), self.workspace, keep=self.keep_weights), bias)
+        return _Panels(direct.panels(module.weight, self.workspace), bias)
+
+    def _directly(self, rows: Any, source: Bands, conv: "_Panels", out: Tensor, *, taps: int, stride: int) -> None:
+        from sd_vae.ops.direct import convolve_directly
+
+        convolve_directly(
+            rows, source.width, conv.weights, conv.bias, out, self.workspace, taps=taps, stride=stride
+        )
 
     def _winograd(
         self, rows: Any, source: Bands, conv: "_Transformed", norm: Norm | None, out: Tensor, *, add: bool, double: bool
@@ -191,6 +213,14 @@ class _Transformed:
     """A convolution that is ready for the compiled kernels."""
 
     points: Any
+    bias: Tensor
+
+
+@dataclass(frozen=True)
+class _Panels:
+    """A convolution that is ready for the compiled kernel of 1x1 and strided ones."""
+
+    weights: Tensor
     bias: Tensor
 
 

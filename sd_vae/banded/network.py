@@ -97,6 +97,7 @@ class BandedNetwork:
         engine = self.engine
         prepared = engine.prepare(conv)
         out = self._empty(source.height, source.width, conv.out_channels) if onto is None else onto
+        side_conv = None if shortcut is None else engine.prepare(shortcut)
         statistics = []
         for start, stop in self._ranges(out):
             band = engine.take(stop - start, out.width, out.channels) if onto is None else onto.pieces(start, stop)[0]
@@ -104,9 +105,9 @@ class BandedNetwork:
             statistics.append(engine.statistics(band))
             if onto is None:
                 out.append(band)
-            if skip is not None and shortcut is not None:
+            if skip is not None:
                 side = engine.take(stop - start, out.width, out.channels)
-                engine.pointwise(source, start, stop, shortcut, side)
+                engine.pointwise(source, start, stop, side_conv, side)
                 skip.append(side)
             if not keep:
                 source.release(stop - 1)
@@ -129,9 +130,10 @@ class BandedNetwork:
 
     def _halve(self, source: Bands, conv: Any) -> Bands:
         out = self._empty(source.height // 2, source.width // 2, conv.out_channels)
+        prepared = self.engine.prepare(conv)
         for start, stop in self._ranges(out):
             band = self.engine.take(stop - start, out.width, out.channels)
-            self.engine.halve(source, start, stop, conv, band)
+            self.engine.halve(source, start, stop, prepared, band)
             out.append(band)
             out.statistics.append(self.engine.statistics(band))
             source.release(2 * stop)

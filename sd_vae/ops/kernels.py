@@ -13,18 +13,21 @@ from sd_vae.ops.vectors import (
     LANES,
     ROWS,
     atomic_add,
+    copy_vector,
     input_transform,
     multiply,
     output_transform,
     scale_shift_silu,
     store_zero,
+    weight_transform,
 )
 
-__all__ = ["convolve", "fill_window", "fingerprint", "normalise", "statistics", "transform_weights"]
+__all__ = ["convolve", "convolve_directly", "fill_window", "fingerprint", "normalise", "statistics", "transform_weights"]
 
 VECTOR_BYTES = 4 * LANES
 PANEL_BYTES = 8 * LANES
 PANEL = 2 * LANES  # output channels of one register tile
+STRETCH = 4 * ROWS  # output pixels whose sources are gathered at once
 MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -105,55 +108,86 @@ def convolve(counter, thread, grid, block, rows, num_columns, channels, norm, we
             for c in range(0, in_bytes, VECTOR_BYTES):
                 input_transform(table_address, c, target + c * ROWS, left_step)
         num_groups = -(-down * across // ROWS)
-        for p in points:
-            for panel in range(0, out_bytes, PANEL_BYTES):
-                right = weights[0] + (p * out_bytes + panel) * channels[0]
+        for panel in range(0, out_bytes, PANEL_BYTES):
+            for p in points:
+                right = weights[0] + (panel * 36 + p * PANEL_BYTES) * channels[0]
                 for group in range(num_groups):
                     a = left + p * left_step + group * ROWS * in_bytes
-                    c = product + p * product_step + group * ROWS * out_bytes + panel * ROWS
+                    c = product + p * product_step + group * ROWS * PANEL_BYTES
                     multiply(a, right, c, channels[0] // LANES)
-        for tile in range(down * across):
-            y, x = (top + tile // across) * 4, (start + tile % across) * 4
-            for i in range(4):
-                for j in range(4):
-                    inside = y + i < out_height and x + j < out_width
-                    # Beyond the edge: thrown onto the patch, which is spent.
-                    table[4 * i + j] = out[0] + ((y + i) * out_width + x + j) * out_bytes if inside else patch
-            source = product + tile // ROWS * ROWS * out_bytes + tile % ROWS * PANEL_BYTES
-            for panel in range(0, out_bytes, PANEL_BYTES):
+            for tile in range(down * across):
+                y, x = (top + tile // across) * 4, (start + tile % across) * 4
+                for i in range(4):
+                    for j in range(4):
+                        inside = y + i < out_height and x + j < out_width
+                        # Beyond the edge: thrown onto the patch, which is spent.
+                        table[4 * i + j] = out[0] + ((y + i) * out_width + x + j) * out_bytes if inside else patch
                 for c in range(0, PANEL_BYTES, VECTOR_BYTES):
-                    output_transform(source + panel * ROWS + c, product_step, table_address, panel + c, weights[1], out[1])
+                    source = product + tile * PANEL_BYTES + c
+                    output_transform(source, product_step, table_address, panel + c, weights[1], out[1])
+
+
+@njit(cache=True, nogil=True)
+def convolve_directly(counter, thread, size, rows, num_columns, stride, taps, channels, weights, out, scratch):  # type: ignore[no-untyped-def]
+    """Stretches of output rows of a 1x1 or strided convolution until the counter runs out.
+
+    size: output rows and columns. rows: address of each source row that tap (0, .) of output row 0 starts from; 0 is a
+    row of zeros, and so are columns beyond the last. taps: down and across. channels: in, out. weights: addresses of
+    (C_out / PANEL, taps, C_in, PANEL) and of the bias. scratch: addresses of one vector of ones, gathered source,
+    products; bytes a thread.
+    """
+    height, width = size
+    taps_down, taps_across = taps
+    in_bytes, out_bytes = channels[0] * 4, channels[1] * 4
+    left, product = scratch[1] + thread * scratch[3], scratch[2] + thread * scratch[3]
+    depth_bytes = taps_down * taps_across * in_bytes
+    across = -(-width // STRETCH)
+    while True:
+        index = atomic_add(counter, 1)
+        if index >= height * across:
+            break
+        y, start = index // across, index % across * STRETCH
+        num_pixels = min(STRETCH, width - start)
+        for pixel in range(num_pixels):
+            target = left + pixel // ROWS * ROWS * depth_bytes + pixel % ROWS * VECTOR_BYTES
+            for dy in range(taps_down):
+                row = rows[y * stride + dy]
+                for dx in range(taps_across):
+                    x = (start + pixel) * stride + dx
+                    inside = row != 0 and x < num_columns
+                    for c in range(0, in_bytes, VECTOR_BYTES):
+                        if inside:
+                            copy_vector(row + x * in_bytes + c, target)
+                        else:
+                            store_zero(target)
+                        target += ROWS * VECTOR_BYTES
+        for panel in range(0, out_bytes, PANEL_BYTES):
+            right = weights[0] + panel // 4 * depth_bytes
+            for group in range(0, num_pixels, ROWS):
+                multiply(left + group * depth_bytes, right, product, depth_bytes // VECTOR_BYTES)
+                for pixel in range(group, min(group + ROWS, num_pixels)):
+                    source = product + (pixel - group) * PANEL_BYTES
+                    target = out + (y * width + start + pixel) * out_bytes + panel
+                    for c in range(0, PANEL_BYTES, VECTOR_BYTES):
+                        scale_shift_silu(source + c, target + c, scratch[0], weights[1] + panel + c, 0)
 
 
 @njit(cache=True, nogil=True)
 def transform_weights(counter, weight, target):  # type: ignore[no-untyped-def]
-    """G w G^T of 3x3 weights (C_out, C_in, 3, 3), any strides, into (36, C_out / PANEL, C_in, PANEL), panel by panel."""
-    _, num_panels, num_inputs, _ = target.shape
-    half = np.empty((6, 3, PANEL), np.float64)
+    """G w G^T of 3x3 weights (C_out, C_in, 3, 3), any strides, into (C_out / PANEL, 36, C_in, PANEL), panel by panel."""
+    num_panels, _, num_inputs, _ = target.shape
+    taps = np.empty((9, LANES), np.float32)
     while True:
         panel = atomic_add(counter, 1)
         if panel >= num_panels:
             break
         for c in range(num_inputs):
-            for lane in range(PANEL):
-                for x in range(3):
-                    w = weight[panel * PANEL + lane, c]
-                    _points(w[0, x], w[1, x], w[2, x], half[:, x, lane])
-            for lane in range(PANEL):
-                for i in range(6):
-                    _points(half[i, 0, lane], half[i, 1, lane], half[i, 2, lane], target[6 * i : 6 * i + 6, panel, c, lane])
-
-
-@njit(cache=True, nogil=True, inline="always")
-def _points(w0, w1, w2, target):  # type: ignore[no-untyped-def]
-    """G w: three weights to six points."""
-    even, twice = w0 + w2, w0 / 24 + w2 / 6
-    target[0] = w0 / 4
-    target[1] = -(even + w1) / 6
-    target[2] = -(even - w1) / 6
-    target[3] = twice + w1 / 12
-    target[4] = twice - w1 / 12
-    target[5] = w2
+            for first in range(0, PANEL, LANES):
+                for lane in range(LANES):
+                    for i in range(9):
+                        taps[i, lane] = weight[panel * PANEL + first + lane, c, i // 3, i % 3]
+                address = target[panel, 0, c, first:].ctypes.data
+                weight_transform(taps.ctypes.data, address, num_inputs * PANEL_BYTES)
 
 
 @njit(cache=True, nogil=True)

@@ -23,11 +23,13 @@ __all__ = [
     "LANES",
     "ROWS",
     "atomic_add",
+    "copy_vector",
     "input_transform",
     "multiply",
     "output_transform",
     "scale_shift_silu",
     "store_zero",
+    "weight_transform",
 ]
 
 
@@ -80,9 +82,12 @@ class _Vectors:
     def sub(self, a: Any, b: Any) -> Any:
         return self.builder.fsub(a, b, flags=FUSE)
 
+    def scale(self, factor: float, a: Any) -> Any:
+        return self.builder.fmul(_constant(factor), a, flags=FUSE)
+
     def scaled_add(self, factor: float, a: Any, b: Any) -> Any:
         """factor * a + b."""
-        return self.builder.fadd(self.builder.fmul(_constant(factor), a, flags=FUSE), b, flags=FUSE)
+        return self.builder.fadd(self.scale(factor, a), b, flags=FUSE)
 
     def call(self, name: str, *operands: Any) -> Any:
         """One of LLVM's own vector functions, such as llvm.fma."""
@@ -176,6 +181,18 @@ def output_transform(_: Any, points: Any, step: Any, table: Any, offset: Any, bi
 
 
 @intrinsic
+def copy_vector(_: Any, source: Any, target: Any) -> Any:
+    """LANES floats from one address to another."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        v = _Vectors(builder)
+        v.store(v.load(arguments[0]), arguments[1])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+@intrinsic
 def store_zero(_: Any, address: Any) -> Any:
     """LANES zeros."""
 
@@ -184,6 +201,38 @@ def store_zero(_: Any, address: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64), generate
+
+
+def _weight_row(v: _Vectors, w: list[Any]) -> list[Any]:
+    """G w: three weights to six points."""
+    even = v.add(w[0], w[2])
+    small, middle = v.scaled_add(1 / 24, w[0], v.scale(1 / 6, w[2])), v.scale(1 / 12, w[1])
+    return [
+        v.scale(1 / 4, w[0]),
+        v.scale(-1 / 6, v.add(even, w[1])),
+        v.scale(-1 / 6, v.sub(even, w[1])),
+        v.add(small, middle),
+        v.sub(small, middle),
+        w[2],
+    ]
+
+
+@intrinsic
+def weight_transform(_: Any, source: Any, target: Any, step: Any) -> Any:
+    """G w G^T for LANES pairs of channels: nine vectors in order, to 36 at target, target + step, ..."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source, target, step = arguments
+        v = _Vectors(builder)
+        w = [v.load(builder.add(source, _offset(4 * LANES * i))) for i in range(9)]
+        columns = [_weight_row(v, w[x::3]) for x in range(3)]
+        for i in range(6):
+            for point in _weight_row(v, [columns[x][i] for x in range(3)]):
+                v.store(point, target)
+                target = builder.add(target, step)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), generate
 
 
 @intrinsic

@@ -23,7 +23,7 @@ __all__ = ["BUDGET_BYTES", "forget", "held_bytes", "set_budget", "transformed"]
 BUDGET_BYTES = 256 * 2**20
 """Kept at most, unless `set_budget` says otherwise."""
 
-Points = npt.NDArray[np.float32]  # (36, C_out / PANEL, C_in, PANEL)
+Points = npt.NDArray[np.float32]  # (C_out / PANEL, 36, C_in, PANEL)
 Key = tuple[int, tuple[int, ...], tuple[int, ...]]
 
 _budget_bytes = BUDGET_BYTES
@@ -53,7 +53,7 @@ def forget(weights: "list[Tensor] | None" = None) -> None:
 
 
 def transformed(weight: Tensor, workspace: Workspace | None, *, keep: bool) -> Points:
-    """Return G w G^T of weights (C_out, C_in, 3, 3), fp32, in the kernels' order (36, C_out/PANEL, C_in, PANEL).
+    """Return G w G^T of weights (C_out, C_in, 3, 3), fp32, in the kernels' order (C_out/PANEL, 36, C_in, PANEL).
 
     Args:
         weight: Any strides.
@@ -98,7 +98,7 @@ def _fingerprint(weight: Tensor) -> int:
 
 
 def _transform(weight: Tensor, workspace: Workspace | None) -> Points:
-    shape = (36, weight.shape[0] // kernels.PANEL, weight.shape[1], kernels.PANEL)
+    shape = (weight.shape[0] // kernels.PANEL, 36, weight.shape[1], kernels.PANEL)
     room = torch.empty(shape) if workspace is None else workspace.scratch("weights", shape, torch.float32)
     counter, plain, points = np.zeros(1, np.int64), weight.numpy(), room.numpy()
     run_together(lambda _: kernels.transform_weights(counter.ctypes.data, plain, points))

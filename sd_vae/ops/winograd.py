@@ -27,7 +27,7 @@ Rows = npt.NDArray[np.int64]
 ALL_POINTS = np.arange(36)
 # Of a doubled source two of the six points in each direction are always equal, and their difference is zero.
 DOUBLED_POINTS = np.array([p for p in range(36) if p // 6 != 2 and p % 6 != 2])
-MAX_TILES = 144  # in a block: what is transformed stays in the second-level cache
+MAX_TILES = 72  # in a block: what is transformed stays in the second-level cache
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def _layout(block: tuple[int, int], step: int, in_channels: int, out_channels: i
     """Where points in and out start, bytes from one point to the next in each, and bytes a thread."""
     padded = -(-block[0] * block[1] // ROWS) * ROWS
     # One line more than a multiple of a large power of two, or all 36 points compete for the same cache sets.
-    left_step, product_step = (_round_up(padded * c * 4, 2048) + ALIGNMENT for c in (in_channels, out_channels))
+    left_step, product_step = (_round_up(padded * c * 4, 2048) + ALIGNMENT for c in (in_channels, kernels.PANEL))
     patch = (block[0] * step + 2) * (block[1] * step + 2) * in_channels * 4
     left = _round_up(max(patch, out_channels * 4), ALIGNMENT)
     product = left + 36 * left_step
@@ -142,8 +142,8 @@ def _round_up(value: int, multiple: int) -> int:
 def _block(tiles_down: int, tiles_across: int, threads: int) -> tuple[int, int]:
     """Tiles down and across that a block has: the cheapest for the busiest thread.
 
-    Counted in multiplied tiles, with rows of the register tile that stay empty, and pixels at the borders of blocks that
-    are normalised twice at about a tenth of a multiplication each.
+    Counted in tiles that are multiplied, the register tile's empty rows among them; a block's pixels, borders included, are
+    normalised at about a tenth of that, and fetching the weights costs about ten tiles.
     """
     best = (float("inf"), (1, 1))
     for down in range(1, min(tiles_down, MAX_TILES) + 1):
@@ -152,6 +152,6 @@ def _block(tiles_down: int, tiles_across: int, threads: int) -> tuple[int, int]:
             rounds = -(-num_blocks // threads)
             padded = -(-down * across // ROWS) * ROWS
             border = (4 * down + 2) * (4 * across + 2) / 16
-            cost = rounds * (padded + 0.1 * border + 2)
+            cost = rounds * (padded + 0.1 * border + 10)
             best = min(best, (cost, (down, across)))
     return best[1]
