@@ -7,6 +7,7 @@ and, where no precision was given away, posterior and decode of a small random p
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from sd_vae.checkpoints.families import family_of, latent_scale
 from sd_vae.checkpoints.formats import DTYPES, as_dtype
 from sd_vae.checkpoints.layouts import CONFIG_KEY
 from sd_vae.checkpoints.load import Checkpoint, build_vae, load_vae, open_checkpoint
-from sd_vae.checkpoints.save import Layout, export, staged
+from sd_vae.checkpoints.save import Layout, export, require_target, staged
 from sd_vae.config import VAEConfig
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def convert_vae(
     family: str | None = None,
     config: VAEConfig | str | os.PathLike[str] | None = None,
     overwrite: bool = False,
+    prepare: Callable[[AutoencoderKL], AutoencoderKL] | None = None,
 ) -> Conversion:
     """Write the VAE at `source` to `target` in another layout, verified before it gets that name.
 
@@ -74,6 +76,8 @@ def convert_vae(
         family: As in `save_vae`.
         config: As in `load_vae`.
         overwrite: Replace what is there.
+        prepare: From the source in float32 to the model that is written in its place, such as a rescaled one. Called
+            when nothing else speaks against the conversion.
 
     Raises:
         UserError: As `load_vae` and `save_vae`.
@@ -83,6 +87,10 @@ def convert_vae(
     checkpoint = open_checkpoint(source, config)
     checkpoint.require_complete()
     original = build_vae(checkpoint, torch.float32)
+    if prepare is not None:
+        require_target(Path(target), layout, overwrite=overwrite)  # refused now, not after minutes of work
+        export(original, layout, family=family)
+        original = prepare(original)
     wanted = as_dtype(dtype or _kept_dtype(checkpoint))
     tensors, new_config = export(original, layout, wanted, family=family)
     metadata = {key: text for key, text in checkpoint.weights.metadata.items() if key not in ("format", CONFIG_KEY)}

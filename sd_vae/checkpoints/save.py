@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from sd_vae._diffusers import DiffusersAutoencoderKL
 
-__all__ = ["Layout", "export", "save_vae", "staged"]
+__all__ = ["Layout", "export", "require_target", "save_vae", "staged"]
 
 logger = logging.getLogger(__name__)
 
@@ -129,9 +129,8 @@ def staged(
     Raises:
         UserError: As `save_vae`.
     """
-    _require_path(path, layout, variant)
+    require_target(path, layout, overwrite=overwrite, variant=variant)
     if layout == "diffusers":
-        _require_replaceable(path)
         with atomic_folder(path, overwrite=overwrite) as folder:
             middle = f".{variant}" if variant else ""
             write_safetensors(folder / f"diffusion_pytorch_model{middle}.safetensors", tensors, metadata)
@@ -139,9 +138,6 @@ def staged(
             yield folder
         return
     beside = config_folder(path)
-    require_writable_target(path, overwrite=overwrite)
-    require_writable_target(beside, overwrite=overwrite)
-    _require_replaceable(beside)
     renamed = {_PREFIX[layout] + key.ldm: tensors[key.diffusers].reshape(key.ldm_shape) for key in key_table(config)}
     texts = {**(metadata or {}), CONFIG_KEY: json.dumps(_plain_config(config))}
     with atomic_file(path) as file:
@@ -149,6 +145,23 @@ def staged(
         yield file
         with atomic_folder(beside, overwrite=overwrite) as folder:
             write_json(folder / "config.json", _plain_config(config))
+
+
+def require_target(path: Path, layout: Layout, *, overwrite: bool = False, variant: str | None = None) -> None:
+    """Check that a layout may be written at `path`, before the work whose result goes there.
+
+    Raises:
+        UserError: Something is there already, `path` cannot be written or does not fit the layout.
+    """
+    _require_path(path, layout, variant)
+    if layout == "diffusers":
+        _require_replaceable(path)
+        require_writable_target(path, overwrite=overwrite)
+        return
+    beside = config_folder(path)
+    require_writable_target(path, overwrite=overwrite)
+    require_writable_target(beside, overwrite=overwrite)
+    _require_replaceable(beside)
 
 
 def _take(vae: DiffusersAutoencoderKL) -> tuple[dict[str, Tensor], VAEConfig]:

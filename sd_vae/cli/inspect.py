@@ -1,19 +1,25 @@
 """`sd-vae inspect`: what is in a checkpoint, and what is wrong with it."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from sd_vae.cli import console
+from sd_vae.cli.probing import probe_pictures, probe_progress
 
 if TYPE_CHECKING:
     from sd_vae.checkpoints import Inspection
+    from sd_vae.half_precision import LayerRange, ProbeReport
 
 __all__ = ["Args", "run"]
 
 _SHOWN = 8  # names of a kind; --json has them all
+_LAYERS = 16  # rows of the probe's table, unless more overflow
+_LOW_MARGIN = 4.0
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,13 @@ class Args:
     """Checkpoint: a folder, a pipeline folder, a file (full checkpoints too) or a hub id."""
     config: str | None = None
     """Architecture where nothing beside the file tells: a config.json, its folder, or a preset."""
+    probe: str | None = None
+    """Run photos through every layer in float32 and show which results float16 would not hold: a folder, a parquet file
+    or folder, or hf://DATASET[:SPLIT]."""
+    probe_pictures: int = 8
+    """How many of them, evenly spread."""
+    probe_size: int = 512
+    """Longest side in pixels; each photo's middle is taken up to this, in multiples of the VAE's factor."""
     json: bool = False
     """Print the result as one JSON object."""
 
@@ -35,20 +48,60 @@ def run(argv: list[str]) -> None:
         argv: Its arguments.
 
     Raises:
-        UserError: As `sd_vae.checkpoints.inspect_checkpoint`.
+        UserError: As `sd_vae.checkpoints.inspect_checkpoint`, and with --probe as `load_vae` and
+            `sd_vae.half_precision.probe`.
     """
     args = console.parse(Args, argv, command="inspect")
 
     from sd_vae.checkpoints import inspect_checkpoint
 
     found = inspect_checkpoint(args.path, args.config)
+    report = _probe(args) if args.probe is not None else None
     if args.json:
-        console.print_json(found)
+        console.print_json(asdict(found) | ({"probe": asdict(report)} if report else {}))
+        return
+    console.print_fields(_fields(found))
+    if report:
+        _print_ranges(report)
+
+
+def _probe(args: Args) -> ProbeReport:
+    """The ranges of the layers over the pictures that the arguments name."""
+    from sd_vae import load_vae
+    from sd_vae.half_precision import probe
+
+    assert args.probe is not None
+    vae = load_vae(args.path, args.config)
+    pictures = probe_pictures(args.probe, vae.factor, limit=args.probe_pictures, size=args.probe_size)
+    with probe_progress("probing") as progress:
+        return probe(vae, pictures, progress=progress)
+
+
+def _print_ranges(report: ProbeReport) -> None:
+    """The table of the layers, worst first, and what follows from it."""
+    shown = max(_LAYERS, len(report.overflowing))
+    console.print_table(
+        f"largest magnitudes in float32 over {report.num_pictures} pictures, worst first; float16 holds 65504",
+        ["layer", "largest", "margin", "float16"],  # with the longest name of a layer, 80 columns
+        [[layer.name, f"{layer.peak:.3g}", f"{layer.margin:.2g}", _judge(layer)] for layer in report.layers[:shown]],
+    )
+    rest = len(report.layers) - shown
+    if rest > 0:
+        print(f"and {rest} layers below these (--json lists all)")
+    if report.overflowing:
+        print(
+            f"float16 overflows in {len(report.overflowing)} layers; sd-vae convert SRC DST --fp16-safe --probe DATA "
+            "rescales what can be rescaled, bfloat16 and float32 hold them as they are"
+        )
     else:
-        console.print_fields(_fields(found))
+        print(f"float16 holds all of it on these pictures, with a margin of {report.layers[0].margin:.3g}")
 
 
-def _fields(found: "Inspection") -> dict[str, str]:
+def _judge(layer: LayerRange) -> str:
+    return "over" if layer.overflows else "close" if layer.margin < _LOW_MARGIN else "holds"
+
+
+def _fields(found: Inspection) -> dict[str, str]:
     """What a reader wants to know first, as text by name."""
     config = found.config
     scale = f"{found.scaling_factor:g}, shift {found.shift_factor or 0:g}, family {found.family or 'none'}"
