@@ -129,10 +129,10 @@ def _rescaling_fields(rescaling: Rescaling) -> dict[str, str]:
     else:
         streams = ", ".join(f"{name} by 2^{math.log2(scale):.0f}" for name, scale in rescaling.scales.items())
         done = f"{len(rescaling.scales)} streams in {rescaling.num_layers} layers: {streams}"
+    predicted, measured = f"{rescaling.predicted_change:.1e}", f"{rescaling.measured_change:.1e}"
     return {
         "rescaled": done,
         "float16": f"{len(before)} layers overflowed, now none; the largest is {after.name}, {after.peak:.3g}, with a "
         f"margin of {after.margin:.1f}",
-        "change": f"predicted {rescaling.predicted_change:.1e}, measured {rescaling.measured_change:.1e}, of the largest "
-        "magnitude in mean, logvar and decode",
+        "change": f"predicted {predicted}, measured {measured} of the largest magnitude in mean, logvar and decode",
     }

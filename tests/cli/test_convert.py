@@ -60,6 +60,69 @@ def test_convert_command_says_unchanged_for_a_scale_of_its_own(tmp_path: Path, t
     assert "scale     0.9, shift 0 (weights unchanged)" in capsys.readouterr().out
 
 
+@pytest.fixture
+def loud(place: Path) -> Path:
+    """The workplace, with a VAE in `loud` of which one convolution overflows float16."""
+    vae = load_vae(place / "start")
+    for weight in vae.decoder.mid_block.resnets[0].conv1.parameters():
+        weight.data.mul_(2.0**18)
+    vae.save_pretrained(place / "loud")
+    return place
+
+
+SAFE = "convert loud out --layout diffusers --fp16-safe --probe photos --probe-pictures 2 --probe-size 16"
+
+
+@pytest.mark.usefixtures("loud")
+def test_convert_command_writes_what_float16_holds(capsys) -> None:
+    assert main(SAFE.split()) == 0
+
+    output = capsys.readouterr()
+    fields = {line.split("  ")[0]: line for line in output.out.splitlines()}
+    assert "1 streams in 1 layers: decoder.mid_block.resnets.0.conv1 by 2^-" in fields["rescaled"]
+    assert "1 layers overflowed, now none; the largest is" in fields["float16"]
+    assert "predicted " in fields["change"]
+    assert "measured " in fields["change"]
+    assert "latents unchanged" in fields["scale"]
+    assert (
+        "probing with 2 of 4 pictures in photos, evenly spread; of each the middle, up to 16x16 pixels." in output.err
+    )
+    opened = DiffusersAutoencoderKL.from_pretrained("out", torch_dtype=torch.float16)
+    assert opened.config.force_upcast is False
+    assert bool(opened.decode(torch.ones(1, 4, 8, 8).half()).sample.isfinite().all())
+
+
+@pytest.mark.usefixtures("loud")
+def test_convert_command_puts_the_rescaling_into_its_json(capsys) -> None:
+    main([*SAFE.split(), "--json"])
+
+    rescaling = json.loads(capsys.readouterr().out)["rescaling"]
+    assert list(rescaling["scales"]) == ["decoder.mid_block.resnets.0.conv1"]
+    assert rescaling["measured_change"] <= 1e-4
+    assert [layer["name"] for layer in rescaling["before"]["layers"] if layer["overflows"]] == list(rescaling["scales"])
+
+
+def test_convert_command_says_so_where_nothing_overflows(place: Path, capsys) -> None:
+    assert main(SAFE.replace("loud", "start").split()) == 0
+
+    assert "nothing: no layer overflows float16 on these pictures" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("given", "lacking"), [("--fp16-safe", "--probe DATA"), ("--probe photos", "--fp16-safe")])
+def test_convert_command_needs_fp16_safe_and_probe_together(capsys, given: str, lacking: str) -> None:
+    assert main(f"convert a b --layout diffusers {given}".split()) == 2
+
+    assert f"error: {given.split()[0]} needs {lacking}, which is not given" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("loud")
+@pytest.mark.parametrize("arguments", [SAFE.replace("out", "note.txt/out"), SAFE.replace("diffusers", "ldm")])
+def test_convert_command_refuses_the_target_before_it_probes(capsys, arguments: str) -> None:
+    assert main(arguments.split()) == 2
+
+    assert "probing" not in capsys.readouterr().err
+
+
 def make_nan(folder: Path, vae: AutoencoderKL) -> None:
     vae.quant_conv.bias.data[0] = float("nan")
     vae.save_pretrained(folder / "a")

@@ -107,3 +107,82 @@ def test_inspect_command_takes_a_config(tmp_path: Path, tiny_vae: AutoencoderKL,
     main(["inspect", str(path), "--config", "sd1", "--json"])
 
     assert json.loads(capsys.readouterr().out)["missing"]
+
+
+@pytest.fixture
+def ranges(place: Path) -> Path:
+    """The workplace, with a VAE in `loud` of which 10 convolutions overflow float16."""
+    vae = AutoencoderKL.from_pretrained(place / "start")
+    for name, module in vae.named_modules():
+        if name.endswith(".conv1"):
+            for weight in module.parameters():
+                weight.data.mul_(2.0**19)
+    vae.save_pretrained(place / "loud")
+    return place
+
+
+PROBE = "--probe photos --probe-pictures 2 --probe-size 16"
+
+
+@pytest.mark.usefixtures("ranges")
+def test_inspect_command_shows_what_overflows(capsys) -> None:
+    assert main(f"inspect loud {PROBE}".split()) == 0
+
+    output = capsys.readouterr()
+    rows = [
+        [cell.strip() for cell in line.split("│")[1:-1]] for line in output.out.splitlines() if line.startswith("│")
+    ]
+    over = [name for name, _, _, judgement in rows if judgement == "over"]
+    assert len(over) == 10
+    assert all(name.endswith(".conv1") for name in over)
+    assert "float16 overflows in 10 layers; sd-vae convert SRC DST --fp16-safe --probe DATA" in output.out
+    assert "(--json lists all)" in output.out
+    assert "probing with 2 of 4 pictures in photos" in output.err
+
+
+@pytest.mark.usefixtures("place")
+def test_inspect_command_says_so_where_nothing_overflows(capsys) -> None:
+    assert main(f"inspect start {PROBE}".split()) == 0
+
+    assert "float16 holds all of it on these pictures, with a margin of" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("ranges")
+def test_inspect_command_puts_the_ranges_into_its_json(capsys) -> None:
+    main(f"inspect loud --json {PROBE}".split())
+
+    report = json.loads(capsys.readouterr().out)["probe"]
+    assert report["num_pictures"] == 2
+    assert len(report["layers"]) > 80
+    worst = report["layers"][0]
+    assert worst["name"].endswith(".conv1")
+    assert (worst["kind"], worst["overflows"]) == ("conv", True)
+    assert worst["margin"] == pytest.approx(65504 / worst["peak"])
+
+
+@pytest.mark.usefixtures("place")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("start --probe nowhere", "nowhere"),
+        ("start --probe empty", "no pictures"),
+        ("start --probe photos --probe-pictures 0", "at least 1 picture"),
+        ("nan --probe photos", "not finite"),
+    ],
+)
+def test_inspect_command_refuses_a_probe_in_one_line(capsys, arguments: str, message: str) -> None:
+    assert main(["inspect", *arguments.split()]) == 2
+
+    output = capsys.readouterr()
+    assert message in output.err
+    assert output.err.count("\n") == 1
+    assert output.out == ""
+
+
+@pytest.mark.usefixtures("ranges")
+def test_inspect_command_fits_layer_names_in_80_columns(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+
+    main(f"inspect loud {PROBE}".split())
+
+    assert "…" not in capsys.readouterr().out
