@@ -46,9 +46,8 @@ class FileSpan:
             file.seek(self.offset)
             found = file.read(self.size)
         if self.size is not None and len(found) < self.size:
-            raise UserError(
-                f"{self.path} ends {self.size - len(found)} bytes early; it was changed while it was read, run again."
-            )
+            missing = self.size - len(found)
+            raise UserError(f"{self.path} ends {missing} bytes early; it is cut off or was changed, restore it.")
         return found
 
 

@@ -103,13 +103,8 @@ def open_parquet(spec: str, files: list[Path], columns: Sequence[str] | None, im
     kept: list[str] = []
     for file in files:
         num_rows, schema = _parquet_schema(file)
-        _require_pictures(str(file), schema.names, image_column)
-        if not _holds_pictures(schema.field(image_column).type):
-            raise UserError(
-                f"column {image_column!r} of {file} holds {schema.field(image_column).type}, not pictures; choose "
-                f"another image column."
-            )
-        plain = [item.name for item in schema if item.name != image_column and not _holds_bytes(item.type)]
+        _require_pictures(str(file), schema, image_column)
+        plain = _plain_columns(schema, image_column)
         kept = choose_columns(str(file), plain, columns if columns is not None or not counts else kept)
         counts.append(num_rows)
     if not sum(counts):
@@ -151,17 +146,23 @@ def _open_dataset(
         raise UserError(f"{spec} does not say what its columns are; download it instead of streaming it.")
     if num_records == 0:
         raise UserError(f"{spec} holds no rows; choose another split.")
-    _require_pictures(spec, list(dataset.features), image_column)
     schema = dataset.features.arrow_schema
-    plain = [item.name for item in schema if item.name != image_column and not _holds_bytes(item.type)]
-    kept = choose_columns(spec, plain, columns)
+    _require_pictures(spec, schema, image_column)
+    kept = choose_columns(spec, _plain_columns(schema, image_column), columns)
     selected = undecoded(spec, dataset.select_columns([*kept, image_column]), image_column)
     return DatasetRecords(spec, selected, kept, image_column, num_records)
 
 
-def _require_pictures(place: str, there: Sequence[str], image_column: str) -> None:
-    if image_column not in there:
-        raise UserError(f"{place} has no column {image_column!r}; name the image column, one of: {', '.join(there)}.")
+def _require_pictures(place: str, schema: Any, column: str) -> None:
+    if column not in schema.names:
+        raise UserError(f"{place} has no column {column!r}; name the image column, one of: {', '.join(schema.names)}.")
+    kind = schema.field(column).type
+    if not _holds_pictures(kind):
+        raise UserError(f"column {column!r} of {place} holds {kind}, not pictures; choose another image column.")
+
+
+def _plain_columns(schema: Any, image_column: str) -> list[str]:
+    return [item.name for item in schema if item.name != image_column and not _holds_bytes(item.type)]
 
 
 def _parquet_schema(file: Path) -> tuple[int, Any]:

@@ -122,8 +122,11 @@ def _samples(tar: Path) -> dict[str, Sample]:
                     raise UserError(f"{tar} holds two samples named {key}, the second with {name}; rename one.")
                 samples.setdefault(key, {})[kind.lower()] = FileSpan(str(tar), member.offset_data, member.size)
                 last = key
+            end = FileSpan(str(tar), archive.offset, tarfile.BLOCKSIZE).read()
     except (OSError, tarfile.TarError) as error:
         raise UserError(f"cannot read the tar {tar}: {error}; write it anew, not compressed.") from None
+    if any(end):  # Python's tarfile takes a damaged header for the end
+        raise UserError(f"{tar} is damaged at byte {archive.offset}, where it should end or go on; write it anew.")
     return samples
 
 
