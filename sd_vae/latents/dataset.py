@@ -130,12 +130,13 @@ class LatentDataset:
         row = shard.rows[place]
         if self.flips and bool(torch.rand((), generator=generator) < 0.5):
             row += 1  # its mirror image stands right behind it
-        stored = shard.reader.latents(row)
+        # Copies, because the stored tensors are the file's own memory.
+        stored = [tensor.to(torch.float32, copy=True) for tensor in shard.reader.latents(row)]
         if self.content == "moments":
-            return torch.cat(stored).float()
-        z = stored[0].float() if stored[0].dtype != torch.float32 else stored[0].clone()
+            return torch.cat(stored)
+        z = stored[0]
         if self.content == "sample" and self.description.content == "moments":
-            std = stored[1].float().mul(0.5).exp_()
+            std = stored[1].mul_(0.5).exp_()
             z.addcmul_(std, torch.empty_like(std).normal_(generator=generator))
         return z.sub_(self._offset).mul_(self._factor) if self.scaled else z
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,13 +52,15 @@ def encoder_fingerprint(vae: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def numerics_of(device: torch.device | str, threads_per_picture: int = 1, libraries: Iterable[str] = ()) -> Numerics:
+def numerics_of(
+    device: torch.device | str, threads_per_picture: int = 1, versions: Mapping[str, str] | None = None
+) -> Numerics:
     """Return what this machine adds to the last bits of a latent.
 
     Args:
         device: Where the encoder runs.
         threads_per_picture: Threads that encode one picture.
-        libraries: Distributions beside the usual ones whose version counts, such as diffusers.
+        versions: Versions that count beside those of the libraries, such as the picture decoders'.
     """
     import torch
 
@@ -68,7 +70,10 @@ def numerics_of(device: torch.device | str, threads_per_picture: int = 1, librar
         device=torch.cuda.get_device_name(device) if is_cuda else device.type,
         cpu=f"{_cpu_model()}, {torch.backends.cpu.get_cpu_capability()}",
         threads_per_picture=threads_per_picture,
-        versions={library: version(library) for library in (*_LIBRARIES, *libraries)},
+        # torch says of itself which build it is.
+        versions={name: version(name) for name in _LIBRARIES}
+        | {"torch": str(torch.__version__)}
+        | dict(versions or {}),
     )
 
 

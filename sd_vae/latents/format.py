@@ -124,8 +124,12 @@ class Reject:
     """Its name."""
     source: str
     """Path or URL that it was read from."""
+    sha256: str
+    """Checksum of the source's bytes."""
     reason: str
-    """Why it was left out."""
+    """Why it was left out, in a word that does not change."""
+    detail: str
+    """What exactly; the same in every run."""
 
 
 @dataclass(frozen=True, kw_only=True)

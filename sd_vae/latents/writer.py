@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
@@ -220,8 +221,9 @@ def _torch_dtype(description: StoreDescription) -> torch.dtype:
 
 def _rounding(stored: Tensor, exact: Tensor) -> Rounding:
     """What storing one tensor cost; by numpy, whose sums do not depend on a number of threads."""
-    error = stored.double().numpy() - exact.double().numpy()
-    return Rounding(max=float(np.abs(error).max()), rms=float(np.sqrt(np.square(error).mean())), count=error.size)
+    error = (stored.float() - exact).numpy()
+    mean_square = float(np.square(error, dtype=np.float64).mean())
+    return Rounding(max=float(np.abs(error).max()), rms=math.sqrt(mean_square), count=error.size)
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:

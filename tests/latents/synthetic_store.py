@@ -1,7 +1,7 @@
-"""Stores without a VAE: moments that are pure functions of (record, view, mirrored). Run as a script, a process of many.
+"""Stores without a VAE, of moments that are pure functions of (record, view, mirrored). Also a script:
 
-    python synthetic_store.py FOLDER RANK WORLD_SIZE      makes every WORLD_SIZE-th shard, like `sd-vae encode` will
-    python synthetic_store.py FOLDER kill                 makes FOLDER/N, killed at the N-th step, for every N
+python synthetic_store.py FOLDER RANK WORLD_SIZE      makes every WORLD_SIZE-th shard, one process of many
+python synthetic_store.py FOLDER kill                 makes FOLDER/N, killed at the N-th step, for every N
 """
 
 import os
@@ -52,6 +52,17 @@ def item(position: int, view: int = 0, flipped: bool = False, **changes: Any) ->
     return Item(**(values | changes))
 
 
+def reject(position: int) -> Reject:
+    return Reject(
+        position=position,
+        id=f"picture {position}",
+        source=f"photos/{position}.png",
+        sha256=f"{position:064x}",
+        reason="damaged",
+        detail="cut off",
+    )
+
+
 def moments_of(item: Item) -> Tensor:
     """(2C, h, w); every third record is of another size."""
     height, width = (2, 4) if item.position % 3 == 2 else (2, 2)
@@ -71,8 +82,7 @@ def fill(store: LatentStore, shards: list[int], *, flip: bool = False, num_views
         with store.writer(shard) as writer:
             for position in range(shard * SHARD_ITEMS, min((shard + 1) * SHARD_ITEMS, NUM_RECORDS)):
                 if position in REJECTED:
-                    source = f"photos/{position}.png"
-                    writer.reject(Reject(position=position, id=f"picture {position}", source=source, reason="truncated"))
+                    writer.reject(reject(position))
                     continue
                 for one in views_of(position, flip, num_views):
                     writer.add(one, moments_of(one))
@@ -109,7 +119,7 @@ def _kill_at(step: int) -> None:
 
 
 def _make_killed(folder: Path) -> None:
-    """Make FOLDER/1, FOLDER/2, ... each by a process that is killed one step later, until one survives."""
+    """Make FOLDER/1, FOLDER/2, ... each by a process that is killed one step later, until one has no such step."""
     for step in range(1, 1000):
         child = os.fork()
         if not child:
@@ -126,6 +136,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     root, role = Path(sys.argv[1]), sys.argv[2]
     if role == "kill":
+        make(root / "0")  # imports what the children would import each for itself
         _make_killed(root)
     else:
         store = LatentStore.create(root, describe())
