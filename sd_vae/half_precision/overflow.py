@@ -7,8 +7,10 @@ processors the model has, other threads do not notice, and gradients reach the l
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +67,7 @@ def mend_overflow(vae: AutoencoderKL, action: Action, given: Tensor, half: torch
         )
     wide = wider_dtype(half, given.device) if repeat else half
     widening = _Widening(vae, half, wide)
-    with widening, torch.autocast(given.device.type, enabled=False):
+    with _uncompiled(), torch.autocast(given.device.type, enabled=False), widening:
         result = _run(vae, action, given.to(wide))
     what = f"{action} overflowed {_name(half)} {_describe(widening.first, half)}"
     if not repeat:
@@ -134,9 +136,16 @@ class _Widening(TorchFunctionMode):
 
 def _run(vae: AutoencoderKL, action: Action, given: Tensor) -> Tensor:
     """Moments or pictures, one item at a time: a wide run takes up to twice the memory of the run that overflowed."""
-    if action == "encode":
-        return torch.cat([vae._encode(part) for part in given.split(1)])
-    return torch.cat([vae._decode(part, return_dict=False)[0] for part in given.split(1)])
+    step: Callable[[Tensor], Any] = vae._encode if action == "encode" else vae._decode
+    parts = [step(part) for part in given.split(1)]
+    return torch.cat([getattr(part, "sample", part) for part in parts])  # diffusers' own _decode wraps its pictures
+
+
+def _uncompiled() -> AbstractContextManager[object]:
+    """Compiled code run as it was written: traced anew for one run, it would take long and hide its layers."""
+    if "torch._dynamo" not in sys.modules:  # then nothing is compiled, and importing it takes seconds
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def _describe(first: Overflow | None, half: torch.dtype) -> str:

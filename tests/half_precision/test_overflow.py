@@ -142,6 +142,24 @@ def test_autocast_that_overflows_is_repeated_without_autocast(make_loud, z) -> N
     assert torch.equal(x, expected.half())
 
 
+@torch.no_grad()
+def test_repeated_decode_runs_compiled_layers_as_written(make_loud, z) -> None:
+    vae = make_loud().half()
+    num_compiled = []
+
+    def count(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        num_compiled.append(graph)
+        return graph
+
+    layer = vae.decoder.conv_in
+    layer._compiled_call_impl = torch.compile(layer._call_impl, backend=count)
+
+    with pytest.warns(RuntimeWarning, match=REPEATED):
+        vae.decode(z.half())
+
+    assert len(num_compiled) == 1
+
+
 def test_repeated_decode_has_gradients_to_the_live_weights(make_loud, z) -> None:
     vae = make_loud().half()
 
