@@ -9,6 +9,7 @@ Source: https://github.com/webdataset/webdataset (the naming convention).
 
 from __future__ import annotations
 
+import functools
 import json
 import tarfile
 from bisect import bisect_right
@@ -19,6 +20,7 @@ from typing import Any
 
 from sd_vae.data.records import FileSpan, Record, choose_columns
 from sd_vae.errors import UserError
+from sd_vae.files import file_errors
 from sd_vae.images import IMAGE_SUFFIXES
 
 __all__ = ["TarRecords", "open_tars"]
@@ -107,7 +109,15 @@ def open_tars(spec: str, tars: list[Path], columns: Sequence[str] | None, kind: 
 
 
 def _samples(tar: Path) -> dict[str, Sample]:
-    """Where the members of each sample lie, by the sample's key."""
+    """Where the members of each sample lie, by the sample's key; not to be changed."""
+    with file_errors("read", tar):
+        found = tar.stat()
+    return _scan(tar, found.st_size, found.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1)  # a tar is read in several ranges, and headers pass at 15,000 a second
+def _scan(tar: Path, size: int, mtime_ns: int) -> dict[str, Sample]:
+    """The samples of a tar in the state that has this size and time."""
     samples: dict[str, Sample] = {}
     last = None
     try:

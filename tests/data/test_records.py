@@ -1,5 +1,6 @@
 import pickle
 
+import fsspec
 import pytest
 
 from sd_vae.data.records import FileSpan, Record, open_records
@@ -115,6 +116,17 @@ def test_record_of_a_file_stays_small_until_it_is_read(folder):
 
     assert len(pickle.dumps(record)) < 1000
     assert copy.data == (folder / "0.png").read_bytes()
+
+
+def test_record_of_a_url_is_read_where_it_lies(encoded):
+    fsspec.filesystem("memory").pipe("/photos/a.png", encoded[0])
+
+    assert Record(0, "a", "a", FileSpan("memory://photos/a.png")).data == encoded[0]
+
+
+def test_record_names_a_url_that_vanished():
+    with pytest.raises(UserError, match=r"cannot read memory:/.*gone\.png: .*; check the path"):
+        Record(0, "a", "a", FileSpan("memory://photos/gone.png")).data  # noqa: B018
 
 
 def test_record_names_a_file_that_vanished(folder):

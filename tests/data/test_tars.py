@@ -183,6 +183,25 @@ def test_tars_without_samples_are_rejected(tmp_path):
         open_records(str(path))
 
 
+def test_tar_headers_are_not_read_again_for_the_next_range(tars, monkeypatch):
+    opened = []
+    monkeypatch.setattr(tarfile, "open", lambda *args, real=tarfile.open: opened.append(args) or real(*args))
+    records = open_records(str(tars / "a.tar"))
+
+    for start in range(3):
+        list(records.read(start, start + 1))
+
+    assert len(opened) == 1
+
+
+def test_tar_that_vanished_after_opening_is_named(tars):
+    records = open_records(str(tars))
+    (tars / "a.tar").unlink()
+
+    with pytest.raises(UserError, match=r"cannot read .*a\.tar: No such file or directory; check the path"):
+        list(records.read())
+
+
 def test_tar_that_changed_after_opening_is_named(tars, encoded):
     records = open_records(str(tars))
     write_tar(tars / "a.tar", [("0.png", encoded[0])])
