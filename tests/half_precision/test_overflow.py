@@ -38,14 +38,14 @@ def test_encode_in_float16_is_repeated_where_it_overflows(make_loud, x) -> None:
 
 @torch.no_grad()
 def test_repeated_decode_equals_the_float32_run_of_the_same_weights(make_loud, z) -> None:
-    z = z[:1]  # items are repeated one by one, and a batch of two sums in another order
     vae = make_loud().half()
     expected = copy.deepcopy(vae).float().decode(z.half().float()).sample
 
     with pytest.warns(RuntimeWarning, match=REPEATED):
         x = vae.decode(z.half()).sample
 
-    assert torch.equal(x, expected.half())
+    # Nothing but the last rounding to float16, 2^-11; bfloat16 or float16 anywhere inside would be 1.4e-3 and more.
+    torch.testing.assert_close(x.float(), expected, rtol=0, atol=6e-4 * float(expected.abs().max()))
 
 
 @torch.no_grad()
@@ -132,14 +132,14 @@ def test_a_half_precision_input_that_is_not_finite_is_blamed(tiny_vae, z) -> Non
 
 @torch.no_grad()
 def test_autocast_that_overflows_is_repeated_without_autocast(make_loud, z) -> None:
-    z = z[:1]
     vae = make_loud()
     expected = vae.decode(z).sample
 
     with pytest.warns(RuntimeWarning, match=REPEATED), torch.autocast("cpu", torch.float16):
         x = vae.decode(z).sample
 
-    assert torch.equal(x, expected.half())
+    # Nothing but the last rounding to float16, 2^-11; bfloat16 or float16 anywhere inside would be 1.4e-3 and more.
+    torch.testing.assert_close(x.float(), expected, rtol=0, atol=6e-4 * float(expected.abs().max()))
 
 
 @torch.no_grad()
@@ -185,12 +185,12 @@ def test_a_repeated_run_does_not_touch_other_threads(make_loud, tiny_vae, z) -> 
     vae = make_loud().half()
     original = vae._decode
 
-    def decode(part: torch.Tensor, return_dict: bool = True) -> object:
+    def decode(*given: object, **options: object) -> object:
         with torch.no_grad():
             thread = threading.Thread(target=lambda: dtypes.add(other.decoder.conv_in(z.half()).dtype))
             thread.start()
             thread.join()
-        return original(part, return_dict=return_dict)
+        return original(*given, **options)
 
     vae._decode = decode
 
