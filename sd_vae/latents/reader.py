@@ -19,10 +19,23 @@ if TYPE_CHECKING:
     import pyarrow
     from torch import Tensor
 
-__all__ = ["REMAKE", "ShardReader", "find_damage"]
+__all__ = ["REMAKE", "ShardError", "ShardReader", "find_damage"]
 
 REMAKE = "run sd-vae encode again with the same arguments and only that shard is made anew"
 """The remedy for a damaged shard."""
+
+
+class ShardError(UserError):
+    """A file of a shard is missing or damaged.
+
+    Args:
+        message: One line that begins with the file.
+        path: The file.
+    """
+
+    def __init__(self, message: str, path: Path | None = None) -> None:
+        super().__init__(message)
+        self.path = path
 
 
 class ShardReader:
@@ -34,7 +47,7 @@ class ShardReader:
         record: The shard's.
 
     Raises:
-        UserError: A file is missing, cut off or damaged, or holds other counts than the record says.
+        ShardError: A file is missing, cut off or damaged, or holds other counts than the record says.
     """
 
     def __init__(self, folder: Path, description: StoreDescription, record: ShardRecord) -> None:
@@ -42,7 +55,7 @@ class ShardReader:
         for path in (self.latents_path, self.rows_path):
             damage = find_damage(path, record)
             if damage:
-                raise UserError(f"{path} {damage}; {REMAKE}.")
+                raise ShardError(f"{path} {damage}; {REMAKE}.", path)
         self.record = record
         self.names = TENSORS[description.content]
         self.table = _map_rows(self.rows_path, record)
@@ -100,12 +113,13 @@ def _map_rows(path: Path, record: ShardRecord) -> pyarrow.Table:
         with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as stream:
             table = stream.read_all()
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}); remove it, {REMAKE}.") from None
+        raise ShardError(f"{path} is damaged ({error}); remove it, {REMAKE}.", path) from None
     expected = {*ITEM_FIELDS, "latent_size", "latent_index", *(USER_PREFIX + name for name in record.columns)}
     if set(table.column_names) != expected or len(table) != record.num_items:
-        raise UserError(
+        raise ShardError(
             f"{path} holds {len(table)} rows with columns {', '.join(table.column_names)}, its record says "
-            f"{record.num_items} with {', '.join(sorted(expected))}; remove it, {REMAKE}."
+            f"{record.num_items} with {', '.join(sorted(expected))}; remove it, {REMAKE}.",
+            path,
         )
     return table
 
@@ -119,7 +133,7 @@ def _map_latents(path: Path, description: StoreDescription, record: ShardRecord)
         with safe_open(path, "pt") as file:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}); remove it, {REMAKE}.") from None
+        raise ShardError(f"{path} is damaged ({error}); remove it, {REMAKE}.", path) from None
     channels = description.vae.latent_channels
     expected = {
         f"{name}/{size}": (count, channels, *map(int, size.split("x")))
@@ -129,8 +143,9 @@ def _map_latents(path: Path, description: StoreDescription, record: ShardRecord)
     shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in found.values()} - {description.dtype}
     if shapes != expected or dtypes:
-        raise UserError(
+        raise ShardError(
             f"{path} holds {shapes} in {', '.join(sorted(dtypes)) or description.dtype}, its record says {expected} in "
-            f"{description.dtype}; remove it, {REMAKE}."
+            f"{description.dtype}; remove it, {REMAKE}.",
+            path,
         )
     return {size: [found[f"{name}/{size}"] for name in names] for size in record.sizes}

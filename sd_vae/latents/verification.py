@@ -28,7 +28,7 @@ from sd_vae.latents.format import (
     record_file,
     rows_file,
 )
-from sd_vae.latents.reader import REMAKE, ShardReader, find_damage
+from sd_vae.latents.reader import REMAKE, ShardError, ShardReader, find_damage
 from sd_vae.latents.records import FileSum, Manifest, ShardRecord, merge, read_record, rejects_text
 from sd_vae.latents.store import LatentStore
 from sd_vae.latents.writer import stored_values
@@ -197,8 +197,8 @@ def _check_shard(store: LatentStore, record: ShardRecord) -> tuple[ShardReader |
         return None, damages
     try:
         reader = store.reader(record)
-    except UserError as error:
-        return None, [Damage(kind="contents", file=latents_file(store.folder, record.shard).name, message=str(error))]
+    except ShardError as error:
+        return None, [Damage(kind="contents", file=Path(error.path or store.folder).name, message=str(error))]
     return reader, [*_check_rows(reader), *_check_finite(reader)]
 
 
