@@ -20,6 +20,7 @@ __all__ = [
     "load_vae",
     "open_image",
     "pad_to_factor",
+    "plan_memory",
     "save_vae",
     "set_checks",
     "set_overflow",
@@ -36,6 +37,7 @@ _HOMES = {
     "crop": "sd_vae.images",
     "load_vae": "sd_vae.checkpoints",
     "open_image": "sd_vae.images",
+    "plan_memory": "sd_vae.tiling",
     "pad_to_factor": "sd_vae.images",
     "save_vae": "sd_vae.checkpoints",
     "set_checks": "sd_vae.checks",
@@ -52,5 +54,6 @@ if TYPE_CHECKING:
     from sd_vae.errors import UserError
     from sd_vae.images import crop, open_image, pad_to_factor, to_pil, to_tensor
     from sd_vae.posterior import DiagonalGaussian
+    from sd_vae.tiling import plan_memory
 
 __getattr__, __dir__ = lazy_exports(__name__, _HOMES)

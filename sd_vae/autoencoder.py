@@ -13,9 +13,9 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sd_vae import ops, tiling
 from sd_vae._diffusers import Attention as DiffusersAttention
 from sd_vae._diffusers import (
     AttnProcessor2_0,
@@ -27,6 +27,7 @@ from sd_vae._diffusers import (
     register_to_config,
 )
 from sd_vae.checks import ensure_finite, require_image, require_latent
+from sd_vae.compiling import compile_halves
 from sd_vae.config import VAEConfig
 from sd_vae.errors import UserError
 from sd_vae.posterior import DiagonalGaussian
@@ -50,12 +51,11 @@ class ResnetBlock2D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x + branch(x), with a 1x1 convolution on x where the width changes."""
-        h = self.conv1(self.nonlinearity(self.norm1(x)))
-        h = self.conv2(self.nonlinearity(self.norm2(h)))
-        if self.conv_shortcut is not None:
-            # As in diffusers: DDP wants the 1x1 weight's gradient contiguous, whatever layout attention left x in.
-            x = self.conv_shortcut(x.contiguous() if self.training else x)
-        return x + h
+        h = ops.conv3x3(ops.group_norm_silu(x, self.norm1, self.nonlinearity), self.conv1)
+        h = ops.group_norm_silu(h, self.norm2, self.nonlinearity)
+        return ops.conv3x3(
+            h, self.conv2, residual=x if self.conv_shortcut is None else ops.conv1x1(x, self.conv_shortcut)
+        )
 
 
 class Attention(DiffusersAttention):
@@ -85,7 +85,7 @@ class Attention(DiffusersAttention):
         batch_size, channels, height, width = x.shape
         # Flattened before the norm, as in diffusers: GroupNorm sums (B, D, H, W) in channels_last in another order.
         h = self.group_norm(x.flatten(2)).transpose(1, 2).unsqueeze(1)  # (B, 1, HW, D)
-        h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
+        h = ops.attention(self.to_q(h), self.to_k(h), self.to_v(h))
         h = self.to_out[0](h)
         return h.transpose(2, 3).reshape(batch_size, channels, height, width) + x
 
@@ -99,8 +99,7 @@ class Downsample2D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the strided convolution of x."""
-        # Right and bottom only: Stable Diffusion was trained with this padding.
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        return ops.downsample_conv(x, self.conv)
 
 
 class Upsample2D(nn.Module):
@@ -112,7 +111,7 @@ class Upsample2D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution of the doubled x."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return ops.upsample_conv(x, self.conv)
 
 
 class EncoderBlock(nn.Module):
@@ -181,8 +180,8 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return cat(mean, logvar) at 1/factor of the size."""
-        x = _run_blocks(self, self.conv_in(x), [*self.down_blocks, self.mid_block])
-        return self.conv_out(F.silu(self.conv_norm_out(x)))  # silu whatever act_fn says, as in diffusers
+        x = _run_blocks(self, self.conv_in(ops.lay_out(x)), [*self.down_blocks, self.mid_block])
+        return self.conv_out(ops.group_norm_silu(x, self.conv_norm_out))  # silu whatever act_fn says
 
 
 class Decoder(nn.Module):
@@ -204,8 +203,8 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Return the picture at factor times the size."""
-        x = _run_blocks(self, self.conv_in(z), [self.mid_block, *self.up_blocks])
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        x = _run_blocks(self, self.conv_in(ops.lay_out(z)), [self.mid_block, *self.up_blocks])
+        return self.conv_out(ops.group_norm_silu(x, self.conv_norm_out))
 
 
 def _run_layers(x: Tensor, resnets: nn.ModuleList, attentions: nn.ModuleList | None) -> Tensor:
@@ -225,14 +224,13 @@ def _run_blocks(half: Any, x: Tensor, blocks: list[nn.Module]) -> Tensor:
     return x
 
 
-class AutoencoderKL(DiffusersAutoencoderKL):
+class AutoencoderKL(tiling.ExactTiling, DiffusersAutoencoderKL):
     """A KL-regularised autoencoder: images x in [-1, 1] to a posterior over raw latents z, and back.
 
     An instance of `diffusers.AutoencoderKL` with the same config fields, parameter names, numbers and methods; a folder
     that it saves opens in plain diffusers. Its arguments are the fields of `VAEConfig`, checked by it.
 
-    `enable_tiling()` is diffusers' algorithm for now: each tile takes its own GroupNorm statistics, so its result is
-    approximate and can show seams.
+    `enable_tiling()` is exact: it bounds memory and leaves the result as it is (`sd_vae.tiling`).
     """
 
     @register_to_config
@@ -269,15 +267,16 @@ class AutoencoderKL(DiffusersAutoencoderKL):
         self.post_quant_conv = nn.Conv2d(channels, channels, 1) if config.use_post_quant_conv else None
         self.use_slicing = False
         self.use_tiling = False
-        tile_size = config.sample_size if isinstance(config.sample_size, int) else config.sample_size[0]
-        self.tile_sample_min_size = tile_size
-        self.tile_latent_min_size = tile_size // config.factor
-        self.tile_overlap_factor = 0.25
+        self.max_memory_gib: float | None = None
 
     @property
     def factor(self) -> int:
         """Pixels a latent cell in each direction, 8 for Stable Diffusion."""
         return int(2 ** (len(self.config.block_out_channels) - 1))
+
+    def compile(self, **options: Any) -> None:
+        """Compile encode and decode in place (`sd_vae.compiling`); options are those of `torch.compile`."""
+        compile_halves(self, **options)
 
     @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussian]:
@@ -314,24 +313,22 @@ class AutoencoderKL(DiffusersAutoencoderKL):
         """
         require_latent(z, self.config.latent_channels)
         slices = z.split(1) if self.use_slicing and len(z) > 1 else [z]
-        parts = [self._decode(part, return_dict=False)[0] for part in slices]
+        parts = [self._decode(part) for part in slices]
         x = torch.cat(parts) if len(parts) > 1 else parts[0]
         x = ensure_finite(self, "decode", z, x)
         return DecoderOutput(sample=x) if return_dict else (x,)
 
     def _encode(self, x: Tensor) -> Tensor:
-        """Moments (B, 2C, h, w) of images, by tiles where tiling is on and the images are larger than a tile."""
-        if self.use_tiling and max(x.shape[-2:]) > self.tile_sample_min_size:
-            return self._tiled_encode(x)
-        moments = self.encoder(x)
+        """Moments (B, 2C, h, w) of images, in row bands where that is asked for or faster."""
+        moments = tiling.in_bands(self, "encode", x)
+        moments = self.encoder(x) if moments is None else moments
         return moments if self.quant_conv is None else self.quant_conv(moments)
 
-    def _decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
-        """Pictures of raw latents, by tiles where tiling is on and the latents are larger than a tile."""
-        if self.use_tiling and max(z.shape[-2:]) > self.tile_latent_min_size:
-            return self.tiled_decode(z, return_dict=return_dict)
-        x = self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
-        return DecoderOutput(sample=x) if return_dict else (x,)
+    def _decode(self, z: Tensor) -> Tensor:
+        """Pictures of raw latents, in row bands where that is asked for or faster."""
+        z = z if self.post_quant_conv is None else self.post_quant_conv(z)
+        x = tiling.in_bands(self, "decode", z)
+        return self.decoder(z) if x is None else x
 
     def forward(
         self,

@@ -3,6 +3,7 @@
 Layout: a band is (R, W, C), contiguous: pixels in order, channels innermost.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -33,12 +34,13 @@ class Bands:
     statistics: list[Statistics] = field(default_factory=list)
     _bands: list[Tensor | None] = field(default_factory=list)
     _starts: list[int] = field(default_factory=list)
-    _rows: list[int] = field(default_factory=list)
+    _end: int = 0
+    _num_released: int = 0
 
     def append(self, band: Tensor) -> None:
         """Add the rows below the last band."""
-        self._starts.append(self._starts[-1] + self._rows[-1] if self._bands else 0)
-        self._rows.append(len(band))
+        self._starts.append(self._end)
+        self._end += len(band)
         self._bands.append(band)
 
     def each(self) -> Iterator[tuple[Tensor, int]]:
@@ -50,11 +52,12 @@ class Bands:
     def pieces(self, first: int, last: int) -> list[Tensor]:
         """Rows first to last - 1, clipped to the map, as views of the bands that hold them."""
         views = []
-        for band, start, num_rows in zip(self._bands, self._starts, self._rows, strict=True):
-            low, high = max(first, start), min(last, start + num_rows)
-            if low < high:
-                assert band is not None, f"rows {low} to {high} were let go of before their last reader"
-                views.append(band[low - start : high - start])
+        index = max(bisect_right(self._starts, max(first, 0)) - 1, 0)
+        while index < len(self._bands) and self._starts[index] < last:
+            band, start = self._bands[index], self._starts[index]
+            assert band is not None, f"rows from {start} were let go of before their last reader"
+            views.append(band[max(first - start, 0) : last - start])
+            index += 1
         return views
 
     def addresses(self, first: int, last: int) -> npt.NDArray[np.int64]:
@@ -69,7 +72,11 @@ class Bands:
 
     def release(self, before: int | None = None) -> None:
         """Let go of the bands that end at or above a row; of all by default."""
-        for index, band in enumerate(self._bands):
-            if band is not None and (before is None or self._starts[index] + self._rows[index] <= before):
-                self._bands[index] = None
-                self.give(band)
+        while self._num_released < len(self._bands):
+            index = self._num_released
+            band = self._bands[index]
+            if band is None or (before is not None and self._starts[index] + len(band) > before):
+                break
+            self._bands[index] = None
+            self._num_released += 1
+            self.give(band)

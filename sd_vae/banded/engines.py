@@ -16,9 +16,17 @@ from sd_vae.ops.groupnorm import Statistics, scale_and_shift, tensor_statistics
 from sd_vae.ops.modules import is_plain, onloaded
 from sd_vae.ops.workspace import Workspace
 
-__all__ = ["CompiledEngine", "TorchEngine"]
+__all__ = ["CompiledEngine", "Prepared", "TorchEngine"]
 
 Norm = tuple[Tensor, Tensor]  # scale and shift, each (C,), fp32
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A convolution that is ready for the compiled kernels."""
+
+    weights: Any
+    bias: Tensor
 
 
 class TorchEngine:
@@ -53,13 +61,13 @@ class TorchEngine:
     def take(self, num_rows: int, width: int, channels: int) -> Tensor:
         """Return room for a band."""
         shape = (num_rows, width, channels)
-        if self.storage.type == "cpu":
+        if self.storage.type == self.workspace.device.type:
             return self.workspace.take(shape, self.dtype)
         return torch.empty(shape, dtype=self.dtype, device=self.storage)
 
     def give(self, band: Tensor) -> None:
         """Take a band back."""
-        if self.storage.type == "cpu":
+        if self.storage.type == self.workspace.device.type:
             self.workspace.give(band)
 
     def statistics(self, band: Tensor) -> Statistics:
@@ -89,7 +97,7 @@ class TorchEngine:
         _store(self._apply(conv, wide, 1, 1), out, add=False)
 
     def halve(self, source: Bands, start: int, stop: int, conv: Any, out: Tensor) -> None:
-        """Write rows of a 3x3 convolution with stride 2 of the source padded by zeros on the right and at the bottom."""
+        """Write rows of a 3x3 convolution with stride 2 of the source, zeros to its right and below it."""
         window = self._window(source, 2 * start, 2 * stop + 1, None, extra_columns=1)
         _store(conv(window), out, add=False)
 
@@ -136,10 +144,12 @@ class TorchEngine:
 class CompiledEngine(TorchEngine):
     """The CPU in fp32: Winograd convolutions and statistics in compiled kernels; the rest as in PyTorch."""
 
-    def __init__(self, workspace: Workspace, *, band_bytes: int, num_groups: int, keep_weights: bool) -> None:
-        cpu = torch.device("cpu")
+    def __init__(
+        self, workspace: Workspace, *, device: torch.device, band_bytes: int, num_groups: int, keep_weights: bool
+    ) -> None:
+        dtype = torch.float32
         super().__init__(
-            workspace, device=cpu, storage=cpu, dtype=torch.float32, band_bytes=band_bytes, num_groups=num_groups
+            workspace, device=device, storage=device, dtype=dtype, band_bytes=band_bytes, num_groups=num_groups
         )
         self.keep_weights = keep_weights
 
@@ -151,30 +161,30 @@ class CompiledEngine(TorchEngine):
     def convolve(  # noqa: D102
         self, source: Bands, start: int, stop: int, conv: Any, norm: Norm | None, out: Tensor, *, add: bool
     ) -> None:
-        if not isinstance(conv, _Transformed):
+        if not isinstance(conv, Prepared):
             super().convolve(source, start, stop, conv, norm, out, add=add)
             return
-        self._winograd(source.addresses(start - 1, stop + 1), source, conv, norm, out, add=add, double=False)
+        self.run_winograd(source.addresses(start - 1, stop + 1), source, conv, norm, out, add=add, double=False)
 
     def double(self, source: Bands, start: int, stop: int, conv: Any, out: Tensor) -> None:  # noqa: D102
-        if not isinstance(conv, _Transformed):
+        if not isinstance(conv, Prepared):
             super().double(source, start, stop, conv, out)
             return
         rows = source.addresses(start // 2 - 1, (stop + 1) // 2 + 1)
-        self._winograd(rows, source, conv, None, out, add=False, double=True)
+        self.run_winograd(rows, source, conv, None, out, add=False, double=True)
 
     def halve(self, source: Bands, start: int, stop: int, conv: Any, out: Tensor) -> None:  # noqa: D102
-        if not isinstance(conv, _Panels):
+        if not isinstance(conv, Prepared):
             super().halve(source, start, stop, conv, out)
             return
         rows = source.addresses(2 * start, 2 * stop + 1)
-        self._directly(rows, source, conv, out, taps=3, stride=2)
+        self.run_directly(rows, source, conv, out, taps=3, stride=2)
 
     def pointwise(self, source: Bands, start: int, stop: int, conv: Any, out: Tensor) -> None:  # noqa: D102
-        if not isinstance(conv, _Panels):
+        if not isinstance(conv, Prepared):
             super().pointwise(source, start, stop, conv, out)
             return
-        self._directly(source.addresses(start, stop), source, conv, out, taps=1, stride=1)
+        self.run_directly(source.addresses(start, stop), source, conv, out, taps=1, stride=1)
 
     def prepare(self, conv: nn.Module) -> Any:  # noqa: D102
         from sd_vae.ops import direct, weights, winograd
@@ -184,44 +194,29 @@ class CompiledEngine(TorchEngine):
             return conv
         bias = module.bias.detach()
         if module.kernel_size == (3, 3) and module.stride == (1, 1):
-            return _Transformed(weights.transformed(module.weight.detach(), self.workspace, keep=self.keep_weights), bias)
-        return _Panels(direct.panels(module.weight, self.workspace), bias)
+            points = weights.transformed(module.weight.detach(), self.workspace, keep=self.keep_weights)
+            return Prepared(points, bias)
+        return Prepared(direct.panels(module.weight, self.workspace), bias)
 
-    def _directly(self, rows: Any, source: Bands, conv: "_Panels", out: Tensor, *, taps: int, stride: int) -> None:
+    def run_directly(self, rows: Any, source: Bands, conv: Prepared, out: Tensor, *, taps: int, stride: int) -> None:
+        """Run the kernel of 1x1 and strided convolutions over source rows."""
         from sd_vae.ops.direct import convolve_directly
 
-        convolve_directly(
-            rows, source.width, conv.weights, conv.bias, out, self.workspace, taps=taps, stride=stride
-        )
+        convolve_directly(rows, source.width, conv.weights, conv.bias, out, self.workspace, taps=taps, stride=stride)
 
-    def _winograd(
-        self, rows: Any, source: Bands, conv: "_Transformed", norm: Norm | None, out: Tensor, *, add: bool, double: bool
+    def run_winograd(
+        self, rows: Any, source: Bands, conv: Prepared, norm: Norm | None, out: Tensor, *, add: bool, double: bool
     ) -> None:
+        """Run the kernel of 3x3 convolutions over source rows."""
         from sd_vae.ops import winograd
 
         affine = winograd.Affine.identity(source.channels) if norm is None else winograd.Affine(*norm, activate=True)
         winograd.convolve(
-            rows, source.width, affine, conv.points, conv.bias, out, self.workspace, add=add, double=double
+            rows, source.width, affine, conv.weights, conv.bias, out, self.workspace, add=add, double=double
         )
 
     def _room(self, shape: tuple[int, ...]) -> Tensor:
         return self.workspace.scratch("window", shape, self.dtype)
-
-
-@dataclass(frozen=True)
-class _Transformed:
-    """A convolution that is ready for the compiled kernels."""
-
-    points: Any
-    bias: Tensor
-
-
-@dataclass(frozen=True)
-class _Panels:
-    """A convolution that is ready for the compiled kernel of 1x1 and strided ones."""
-
-    weights: Tensor
-    bias: Tensor
 
 
 def _store(result: Tensor, out: Tensor, *, add: bool) -> None:

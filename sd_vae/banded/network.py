@@ -64,13 +64,14 @@ class BandedNetwork:
         if block.conv_shortcut is None:
             h = self._conv(x, block.conv1, norm, keep=True)
         else:
-            skip = self._empty(x.height, x.width, block.conv1.out_channels)
+            skip = self._empty(x.height, x.width, block.norm2.num_channels)
             h = self._conv(x, block.conv1, norm, skip=skip, shortcut=block.conv_shortcut)
             x = skip
         return self._conv(h, block.conv2, self.engine.norm(h, block.norm2), onto=x)
 
     def _attend(self, attention: nn.Module, x: Bands) -> Bands:
         """Attention over the whole map, by calling the module, whatever its processor is."""
+        self.engine.workspace.trim()  # attention takes several maps of its own
         result = attention(self.engine.whole(x))[0].permute(1, 2, 0)
         statistics = []
         for band, row in x.each():
@@ -96,7 +97,7 @@ class BandedNetwork:
         """
         engine = self.engine
         prepared = engine.prepare(conv)
-        out = self._empty(source.height, source.width, conv.out_channels) if onto is None else onto
+        out = self._empty(source.height, source.width, _out_channels(conv)) if onto is None else onto
         side_conv = None if shortcut is None else engine.prepare(shortcut)
         statistics = []
         for start, stop in self._ranges(out):
@@ -117,7 +118,7 @@ class BandedNetwork:
         return out
 
     def _double(self, source: Bands, conv: Any) -> Bands:
-        out = self._empty(2 * source.height, 2 * source.width, conv.out_channels)
+        out = self._empty(2 * source.height, 2 * source.width, _out_channels(conv))
         prepared = self.engine.prepare(conv)
         for start, stop in self._ranges(out):
             band = self.engine.take(stop - start, out.width, out.channels)
@@ -129,7 +130,7 @@ class BandedNetwork:
         return out
 
     def _halve(self, source: Bands, conv: Any) -> Bands:
-        out = self._empty(source.height // 2, source.width // 2, conv.out_channels)
+        out = self._empty(source.height // 2, source.width // 2, _out_channels(conv))
         prepared = self.engine.prepare(conv)
         for start, stop in self._ranges(out):
             band = self.engine.take(stop - start, out.width, out.channels)
@@ -144,7 +145,7 @@ class BandedNetwork:
         """The last convolution, into a tensor of the caller's own: (1, C, H, W)."""
         engine = self.engine
         norm = engine.norm(source, half.conv_norm_out)
-        shape = (1, conv.out_channels, source.height, source.width)
+        shape = (1, _out_channels(conv), source.height, source.width)
         result = torch.empty(shape, dtype=engine.dtype, device=engine.device)
         rows = result[0].permute(1, 2, 0)
         for start, stop in self._ranges(source):
@@ -166,3 +167,8 @@ class BandedNetwork:
         """First row and the one past the last of each band of a map."""
         step = self.engine.rows_per_band(out.width, out.channels)
         return [(start, min(start + step, out.height)) for start in range(0, out.height, step)]
+
+
+def _out_channels(conv: Any) -> int:
+    """Channels that a convolution gives, or one that an adapter has wrapped."""
+    return int(getattr(conv, "base_layer", conv).out_channels)

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sd_vae.errors import UserError
+from sd_vae.ops.dispatch import reference
 
 if TYPE_CHECKING:
     from sd_vae.autoencoder import AutoencoderKL
@@ -67,7 +68,8 @@ def mend_overflow(vae: AutoencoderKL, action: Action, given: Tensor, half: torch
         )
     wide = wider_dtype(half, given.device) if repeat else half
     widening = _Widening(vae, half, wide)
-    with _uncompiled(), torch.autocast(given.device.type, enabled=False), widening:
+    # The fast kernels read memory behind PyTorch's back, where nothing has been cast.
+    with _uncompiled(), reference(), torch.autocast(given.device.type, enabled=False), widening:
         result = _run(vae, action, given.to(wide))
     what = f"{action} overflowed {_name(half)} {_describe(widening.first, half)}"
     if not repeat:

@@ -13,11 +13,11 @@ from sd_vae.ops.threads import num_threads, run_together
 from sd_vae.ops.vectors import LANES
 from sd_vae.ops.workspace import Workspace
 
-__all__ = ["convolve_directly", "panels"]
+__all__ = ["convolve_directly", "panels", "scratch_bytes"]
 
 
 def panels(weight: Tensor, workspace: Workspace) -> Tensor:
-    """Return weights (C_out, C_in, kh, kw) in the kernel's order (C_out / PANEL, kh kw, C_in, PANEL); scratch memory."""
+    """Return weights (C_out, C_in, kh, kw) in the kernel's order, (C_out / PANEL, kh kw, C_in, PANEL)."""
     num_out, num_in, *taps = weight.shape
     shape = (num_out // kernels.PANEL, taps[0] * taps[1], num_in, kernels.PANEL)
     room = workspace.scratch("panels", shape, torch.float32)
@@ -50,8 +50,8 @@ def convolve_directly(
     height, width, out_channels = out.shape
     in_channels = weights.shape[2]
     depth = taps * taps * in_channels
-    own = 4 * (kernels.STRETCH * depth + kernels.STRETCH * kernels.PANEL)
-    room = workspace.scratch("winograd", (4 * LANES + own * num_threads(),))
+    own = _thread_bytes(taps, in_channels)
+    room = workspace.scratch("winograd", (scratch_bytes(taps, in_channels),))
     room[: 4 * LANES].view(torch.float32).fill_(1)
     left = room.data_ptr() + 4 * LANES
     scratch = (room.data_ptr(), left, left + 4 * kernels.STRETCH * depth, own)
@@ -73,3 +73,12 @@ def convolve_directly(
         )
 
     run_together(work)
+
+
+def scratch_bytes(taps: int, in_channels: int) -> int:
+    """Scratch memory that a convolution takes."""
+    return 4 * LANES + _thread_bytes(taps, in_channels) * num_threads()
+
+
+def _thread_bytes(taps: int, in_channels: int) -> int:
+    return 4 * kernels.STRETCH * (taps * taps * in_channels + kernels.PANEL)

@@ -24,7 +24,9 @@ class Statistics:
     @classmethod
     def merged(cls, parts: "list[Statistics]") -> "Statistics":
         """All pieces as one."""
-        count, mean, second = (torch.cat([getattr(part, name) for part in parts]) for name in ("count", "mean", "second"))
+        count, mean, second = (
+            torch.cat([getattr(part, name) for part in parts]) for name in ("count", "mean", "second")
+        )
         total = count.sum(0, keepdim=True)
         centre = (count * mean).sum(0, keepdim=True) / total
         return cls(total, centre, (second + count * (mean - centre).square()).sum(0, keepdim=True))

@@ -22,7 +22,15 @@ from sd_vae.ops.vectors import (
     weight_transform,
 )
 
-__all__ = ["convolve", "convolve_directly", "fill_window", "fingerprint", "normalise", "statistics", "transform_weights"]
+__all__ = [
+    "convolve",
+    "convolve_directly",
+    "fill_window",
+    "fingerprint",
+    "normalise",
+    "statistics",
+    "transform_weights",
+]
 
 VECTOR_BYTES = 4 * LANES
 PANEL_BYTES = 8 * LANES
@@ -32,14 +40,14 @@ MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
 @njit(cache=True, nogil=True)
-def _clear(address, num_bytes):  # type: ignore[no-untyped-def]
+def _clear(address, num_bytes):
     """Zeros from an address on."""
     for c in range(0, num_bytes, VECTOR_BYTES):
         store_zero(address + c)
 
 
 @njit(cache=True, nogil=True)
-def normalise(source, num_pixels, width_bytes, scale, shift, activate, target):  # type: ignore[no-untyped-def]
+def normalise(source, num_pixels, width_bytes, scale, shift, activate, target):
     """Scale, shift and perhaps SiLU of consecutive pixels, each `width_bytes` of channels."""
     for pixel in range(num_pixels):
         base = pixel * width_bytes
@@ -48,7 +56,7 @@ def normalise(source, num_pixels, width_bytes, scale, shift, activate, target): 
 
 
 @njit(cache=True, nogil=True)
-def fill_window(rows, first_row, first_column, height, width, num_columns, width_bytes, norm, target):  # type: ignore[no-untyped-def]
+def fill_window(rows, first_row, first_column, height, width, num_columns, width_bytes, norm, target):
     """Normalised pixels of a window into a map, zero outside it; `rows` holds each row's address, 0 for a row outside.
 
     norm: addresses of scale and shift, and whether SiLU follows.
@@ -68,7 +76,7 @@ def fill_window(rows, first_row, first_column, height, width, num_columns, width
 
 
 @njit(cache=True, nogil=True)
-def convolve(counter, thread, grid, block, rows, num_columns, channels, norm, weights, points, double, out, scratch):  # type: ignore[no-untyped-def]
+def convolve(counter, thread, grid, block, rows, num_columns, channels, norm, weights, points, double, out, scratch):
     """Blocks of one convolution until the counter runs out.
 
     grid: tiles down and across, output rows and columns. block: tiles down and across. rows: address of each source row
@@ -128,7 +136,7 @@ def convolve(counter, thread, grid, block, rows, num_columns, channels, norm, we
 
 
 @njit(cache=True, nogil=True)
-def convolve_directly(counter, thread, size, rows, num_columns, stride, taps, channels, weights, out, scratch):  # type: ignore[no-untyped-def]
+def convolve_directly(counter, thread, size, rows, num_columns, stride, taps, channels, weights, out, scratch):
     """Stretches of output rows of a 1x1 or strided convolution until the counter runs out.
 
     size: output rows and columns. rows: address of each source row that tap (0, .) of output row 0 starts from; 0 is a
@@ -173,8 +181,8 @@ def convolve_directly(counter, thread, size, rows, num_columns, stride, taps, ch
 
 
 @njit(cache=True, nogil=True)
-def transform_weights(counter, weight, target):  # type: ignore[no-untyped-def]
-    """G w G^T of 3x3 weights (C_out, C_in, 3, 3), any strides, into (C_out / PANEL, 36, C_in, PANEL), panel by panel."""
+def transform_weights(counter, weight, target):
+    """G w G^T of 3x3 weights (C_out, C_in, 3, 3), any strides, into (C_out / PANEL, 36, C_in, PANEL)."""
     num_panels, _, num_inputs, _ = target.shape
     taps = np.empty((9, LANES), np.float32)
     while True:
@@ -191,7 +199,7 @@ def transform_weights(counter, weight, target):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def statistics(band, mean, second):  # type: ignore[no-untyped-def]
+def statistics(band, mean, second):
     """Each row's mean and sum of squared differences from it, by channel: (R, W, C) into two of (R, C).
 
     Sums of differences from the row's first pixel, so that a mean far from zero does not cancel.
@@ -214,7 +222,7 @@ def statistics(band, mean, second):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def fingerprint(words):  # type: ignore[no-untyped-def]
+def fingerprint(words):
     """A 64-bit hash of a contiguous array of uint32, in lanes that the processor runs side by side."""
     lanes = np.full(32, MIX, np.uint64)
     for start in range(0, len(words) - 31, 32):

@@ -24,6 +24,7 @@ __all__ = [
     "ROWS",
     "atomic_add",
     "copy_vector",
+    "has_fused_vectors",
     "input_transform",
     "multiply",
     "output_transform",
@@ -39,6 +40,12 @@ def _host_features() -> dict[str, bool]:
     if named is None:
         return dict(llvm.get_host_cpu_features())
     return {feature.lstrip("+"): True for feature in named.split(",") if feature.startswith("+")}
+
+
+def has_fused_vectors() -> bool:
+    """Whether the processor has the vectors and the fused multiply-add that these kernels are written for."""
+    features = _host_features()
+    return bool(features.get("avx2") and features.get("fma"))
 
 
 # 32 vector registers of 16 floats, or 16 of 8: accumulators, two of the right-hand side, one broadcast.
@@ -86,7 +93,7 @@ class _Vectors:
         return self.builder.fmul(_constant(factor), a, flags=FUSE)
 
     def scaled_add(self, factor: float, a: Any, b: Any) -> Any:
-        """factor * a + b."""
+        """Factor * a + b."""
         return self.builder.fadd(self.scale(factor, a), b, flags=FUSE)
 
     def call(self, name: str, *operands: Any) -> Any:
@@ -237,7 +244,7 @@ def weight_transform(_: Any, source: Any, target: Any, step: Any) -> Any:
 
 @intrinsic
 def scale_shift_silu(_: Any, source: Any, target: Any, scale: Any, shift: Any, activate: Any) -> Any:
-    """y = x * scale + shift, then y * sigmoid(y) where `activate` is not zero, for LANES channels of one pixel."""
+    """Store y = x * scale + shift, or y * sigmoid(y) where `activate` is not zero, for LANES channels of a pixel."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         source, target, scale, shift, activate = arguments

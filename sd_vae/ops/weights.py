@@ -1,8 +1,8 @@
 """Winograd's transformed weights, four times the size of the plain ones, kept between inference calls within a budget.
 
-What is kept is found by the weight's address and trusted only if the weight's bytes still have the fingerprint they had:
-an optimiser, a fused LoRA or anything else that writes into a weight is seen however it wrote, at a hundredth of a
-convolution's cost. Nothing is kept while gradients are on.
+What is kept is found by the weight's address and trusted only if the weight's bytes still have the fingerprint they
+had: an optimiser, a fused LoRA or anything else that writes into a weight is seen however it wrote, at a hundredth of
+a convolution's cost. Nothing is kept while gradients are on.
 """
 
 import threading
@@ -100,6 +100,8 @@ def _fingerprint(weight: Tensor) -> int:
 def _transform(weight: Tensor, workspace: Workspace | None) -> Points:
     shape = (weight.shape[0] // kernels.PANEL, 36, weight.shape[1], kernels.PANEL)
     room = torch.empty(shape) if workspace is None else workspace.scratch("weights", shape, torch.float32)
+    if room.is_meta:
+        return np.empty((0, *shape[1:]), np.float32)
     counter, plain, points = np.zeros(1, np.int64), weight.numpy(), room.numpy()
     run_together(lambda _: kernels.transform_weights(counter.ctypes.data, plain, points))
     return points

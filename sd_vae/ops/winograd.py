@@ -142,8 +142,8 @@ def _round_up(value: int, multiple: int) -> int:
 def _block(tiles_down: int, tiles_across: int, threads: int) -> tuple[int, int]:
     """Tiles down and across that a block has: the cheapest for the busiest thread.
 
-    Counted in tiles that are multiplied, the register tile's empty rows among them; a block's pixels, borders included, are
-    normalised at about a tenth of that, and fetching the weights costs about ten tiles.
+    Counted in tiles that are multiplied, the register tile's empty rows among them; a block's pixels, borders included,
+    are normalised at about a tenth of that, and fetching the weights costs about ten tiles.
     """
     best = (float("inf"), (1, 1))
     for down in range(1, min(tiles_down, MAX_TILES) + 1):

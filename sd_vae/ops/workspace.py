@@ -1,8 +1,8 @@
 """Memory of one encode or decode on the CPU: slabs for row bands, taken and given back, and scratch areas.
 
-A feature map that is allocated afresh is paid for page by page as it is first written, a third of a plain decode's time.
-Here every band takes a slab that another has left, still warm. The memory is ours, outside PyTorch's allocator, and all
-of it goes back to the system when the call ends: an idle process holds nothing.
+A feature map that is allocated afresh is paid for page by page as it is first written, a third of a plain decode's
+time. Here every band takes a slab that another has left, still warm. The memory is ours, outside PyTorch's allocator,
+and all of it goes back to the system when the call ends: an idle process holds nothing.
 """
 
 import mmap
@@ -21,13 +21,14 @@ HUGE_PAGE = 2**21
 class Workspace:
     """Slabs of one size, and scratch areas that grow; a context manager that lets go of everything at its end.
 
-    Attributes:
-        peak_bytes: Most bytes held so far.
+    Args:
+        slab_bytes: Size of the largest band.
+        device: "cpu", or "meta" to plan: then nothing has memory.
     """
 
-    def __init__(self, slab_bytes: int) -> None:
-        self.slab_bytes = -(-slab_bytes // HUGE_PAGE) * HUGE_PAGE
-        self.peak_bytes = 0
+    def __init__(self, slab_bytes: int, device: str = "cpu") -> None:
+        self.slab_bytes = slab_bytes
+        self.device = torch.device(device)
         self._free: list[Tensor] = []
         self._slabs: dict[int, Tensor] = {}
         self._areas: dict[str, Tensor] = {}
@@ -43,39 +44,37 @@ class Workspace:
         self._areas.clear()
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Return a contiguous tensor in a slab of its own, its values arbitrary; `give` it back when it is done with."""
+        """Return a contiguous tensor in a slab of its own, its values arbitrary; `give` it back in the end."""
         num_bytes = prod(shape) * dtype.itemsize
         assert num_bytes <= self.slab_bytes, f"a band of {num_bytes} bytes is larger than a slab, {self.slab_bytes}"
-        if not self._free:
-            self._free.append(_allocate(self.slab_bytes))
-            self._note_peak(self.slab_bytes)
-        slab = self._free.pop()
-        self._slabs[slab.data_ptr()] = slab
-        return slab[:num_bytes].view(dtype).view(shape)
+        slab = self._free.pop() if self._free else self._allocate(self.slab_bytes)
+        band = slab[:num_bytes].view(dtype).view(shape)
+        self._slabs[id(band)] = slab
+        return band
 
     def give(self, band: Tensor) -> None:
-        """Take a band's slab back; its values are lost to whoever still looks."""
-        self._free.append(self._slabs.pop(band.data_ptr()))
+        """Take back what `take` returned; its values are lost to whoever still looks."""
+        self._free.append(self._slabs.pop(id(band)))
+
+    def trim(self) -> None:
+        """Let go of the slabs that nobody has taken, before something else needs the memory."""
+        self._free.clear()
 
     def scratch(self, area: str, shape: tuple[int, ...], dtype: torch.dtype = torch.uint8) -> Tensor:
         """Return room in a named area, starting at a page, its values arbitrary; good until the area's next use."""
         num_bytes = prod(shape) * dtype.itemsize
         if area not in self._areas or self._areas[area].numel() < num_bytes:
             self._areas.pop(area, None)
-            self._note_peak(num_bytes)
-            self._areas[area] = _allocate(num_bytes)
+            self._areas[area] = self._allocate(num_bytes)
         return self._areas[area][:num_bytes].view(dtype).view(shape)
 
-    def _note_peak(self, more_bytes: int) -> None:
-        held = (len(self._slabs) + len(self._free)) * self.slab_bytes + sum(len(area) for area in self._areas.values())
-        self.peak_bytes = max(self.peak_bytes, held + more_bytes)
-
-
-def _allocate(num_bytes: int) -> Tensor:
-    """Fresh pages of our own, huge where the system has them; gone with the last reference."""
-    pages = mmap.mmap(-1, num_bytes + HUGE_PAGE)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    whole = torch.frombuffer(pages, dtype=torch.uint8)
-    start = -whole.data_ptr() % HUGE_PAGE
-    return whole[start : start + num_bytes]
+    def _allocate(self, num_bytes: int) -> Tensor:
+        """Fresh pages of our own, huge where the system has them; gone with the last reference."""
+        if self.device.type == "meta":
+            return torch.empty(num_bytes, dtype=torch.uint8, device="meta")
+        pages = mmap.mmap(-1, num_bytes + HUGE_PAGE)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            pages.madvise(mmap.MADV_HUGEPAGE)
+        whole = torch.frombuffer(pages, dtype=torch.uint8)
+        start = -whole.data_ptr() % HUGE_PAGE
+        return whole[start : start + num_bytes]

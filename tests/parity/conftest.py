@@ -1,12 +1,25 @@
-"""Our class and diffusers' with the same weights, over every preset and the odd corners of the config."""
+"""Our class and diffusers' with the same weights, over every preset and the odd corners of the config.
+
+Parity is that of the plain path; what the fast versions add to it is measured in tests/ops and tests/banded.
+"""
+
+from collections.abc import Generator
 
 import pytest
 import torch
 
-from sd_vae import PRESETS, AutoencoderKL
+from sd_vae import PRESETS, AutoencoderKL, ops
 from sd_vae._diffusers import DiffusersAutoencoderKL
 
 Pair = tuple[AutoencoderKL, DiffusersAutoencoderKL]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, None, None]:
+    """Run every test here on the plain path; a hook and no fixture, which hypothesis would refuse."""
+    with ops.reference():
+        return (yield)
+
 
 NARROW = {"block_out_channels": (32, 64, 64, 64)}
 SMALL = {

@@ -1,0 +1,139 @@
+"""Peak memory of a run, counted by running it without memory."""
+
+from __future__ import annotations
+
+import functools
+import json
+import weakref
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sd_vae.banded.bands import Bands
+from sd_vae.banded.engines import CompiledEngine, Norm, Prepared
+from sd_vae.config import VAEConfig
+from sd_vae.ops import dispatch
+from sd_vae.ops.groupnorm import Statistics
+
+if TYPE_CHECKING:
+    from sd_vae.autoencoder import AutoencoderKL
+    from sd_vae.banded.measures import Action, Measure
+
+__all__ = ["PeakMemory", "PlannedEngine", "predict"]
+
+NOTHING = Statistics(*(torch.empty(0),) * 3)
+LIBRARY_BYTES = 0
+"""What numba and its compiled kernels take once, measured."""
+
+
+class PeakMemory(TorchDispatchMode):
+    """Counts the bytes of every tensor made inside the block while it lives; `peak_bytes` is the most at once.
+
+    Args:
+        known: Tensors from outside whose views are not to be counted.
+    """
+
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak_bytes = 0
+        self._live_bytes = 0
+        self._seen = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation, and count what it made."""
+        result = func(*args, **(kwargs or {}))
+        for leaf in [result] if isinstance(result, Tensor) else tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._count(leaf.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._seen:
+            return
+        self._seen.add(storage)
+        num_bytes = storage.nbytes()
+        self._live_bytes += num_bytes
+        self.peak_bytes = max(self.peak_bytes, self._live_bytes)
+        weakref.finalize(storage, self._discount, num_bytes)
+
+    def _discount(self, num_bytes: int) -> None:
+        self._live_bytes -= num_bytes
+
+
+class PlannedEngine(CompiledEngine):
+    """The compiled engine without its kernels: takes the scratch memory that they take, and computes nothing."""
+
+    def statistics(self, band: Tensor) -> Statistics:  # noqa: D102
+        return NOTHING
+
+    def norm(self, source: Bands, norm: torch.nn.GroupNorm) -> Norm:  # noqa: D102
+        return norm.weight, norm.bias
+
+    def convolve(  # noqa: D102
+        self, source: Bands, start: int, stop: int, conv: Any, norm: Norm | None, out: Tensor, *, add: bool
+    ) -> None:
+        if isinstance(conv, Prepared):
+            self._book(source, out, double=False)
+        else:
+            super().convolve(source, start, stop, conv, norm, out, add=add)
+
+    def double(self, source: Bands, start: int, stop: int, conv: Any, out: Tensor) -> None:  # noqa: D102
+        if isinstance(conv, Prepared):
+            self._book(source, out, double=True)
+        else:
+            super().double(source, start, stop, conv, out)
+
+    def run_directly(self, rows: Any, source: Any, conv: Prepared, out: Tensor, *, taps: int, stride: int) -> None:  # noqa: D102
+        from sd_vae.ops.direct import scratch_bytes
+
+        self.workspace.scratch("winograd", (scratch_bytes(taps, source.channels),))
+
+    def _book(self, source: Bands, out: Tensor, *, double: bool) -> None:
+        from sd_vae.ops.winograd import scratch_bytes
+
+        height, width, channels = out.shape
+        num_bytes = scratch_bytes(height, width, source.channels, channels, double=double)
+        self.workspace.scratch("winograd", (num_bytes,))
+
+
+@functools.lru_cache(maxsize=1024)
+def predict(
+    config: str, action: Action, height: int, width: int, dtype: torch.dtype, device: str, measure: Measure | None
+) -> int:
+    """Return the peak bytes of one picture above the loaded weights; input and result are counted.
+
+    Args:
+        config: `VAEConfig` as JSON.
+        action: Which half.
+        height: Pixels.
+        width: Pixels.
+        dtype: Of weights and activations.
+        device: Type of the device, "cpu" or "cuda".
+        measure: How; None for the plain forward pass.
+    """
+    vae = _skeleton(config, dtype)
+    num_channels, factor = vae.config.in_channels, 1
+    if action == "decode":
+        num_channels, factor = vae.config.latent_channels, vae.factor
+    half = vae.encoder if action == "encode" else vae.decoder
+    with PeakMemory(half.parameters()) as memory, dispatch.planned_for(device), torch.no_grad():
+        x = torch.empty(1, num_channels, height // factor, width // factor, dtype=dtype, device="meta")
+        if measure is None:
+            half(x)
+        else:
+            measure.run(half, action, x, keep_weights=False, num_groups=vae.config.norm_num_groups)
+    return memory.peak_bytes + (LIBRARY_BYTES if measure is not None and measure.compiled else 0)
+
+
+@functools.lru_cache(maxsize=8)
+def _skeleton(config: str, dtype: torch.dtype) -> AutoencoderKL:
+    """The model without memory."""
+    from sd_vae.autoencoder import AutoencoderKL
+
+    fields = VAEConfig.from_dict(json.loads(config), source="the model").to_dict()
+    with torch.device("meta"):
+        return AutoencoderKL(**fields).to(dtype).eval()
