@@ -32,8 +32,6 @@ __all__ += [
     "planned_for",
     "reference",
     "reference_is_forced",
-    "wide_dtype",
-    "widened",
 ]
 
 Version = Literal["reference", "compiled", "triton", "four-phase"]
