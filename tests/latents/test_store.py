@@ -296,6 +296,21 @@ def test_full_disk_is_one_line_and_loses_nothing(store_folder: Path, tmp_path: P
     assert contents(store.folder) == contents(store_folder)
 
 
+def test_writer_takes_the_record_back_before_it_writes(store_folder: Path, monkeypatch: Any) -> None:
+    """A record that outlived its files would vouch for others, where the machine is another."""
+    store = LatentStore.open(store_folder)
+
+    def fails(*_: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fails)
+        with pytest.raises(UserError, match="Input/output error"):
+            fill(store, [1])
+
+    assert store.unfinished(NUM_RECORDS) == [1]
+
+
 def test_writer_removes_what_a_killed_attempt_left(store_folder: Path) -> None:
     left, another = (store_folder / f".shard-0000{k}.safetensors.abc.tmp" for k in (1, 2))
     left.touch()
