@@ -147,7 +147,7 @@ def _open(path: str) -> IO[bytes]:
     """A file or a url, opened; fsspec would take ten times as long for a file."""
     if "://" not in path:
         return open(path, "rb")
-    import fsspec  # type: ignore[import-untyped]
+    import fsspec
 
     opened: IO[bytes] = fsspec.open(path, "rb").open()
     return opened
