@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from sd_vae.banded.measures import Measure, MemoryPlan, choose_measure, plan_memory
 from sd_vae.ops import dispatch, forget_weights
-from sd_vae.ops.modules import hooked
+from sd_vae.ops.modules import hooked, pads_zeros
 
 if TYPE_CHECKING:
     from sd_vae.autoencoder import AutoencoderKL
 
-__all__ = ["ExactTiling", "Measure", "MemoryPlan", "in_bands", "plan_memory"]
+__all__ = ["ExactTiling", "Measure", "MemoryPlan", "in_bands", "plan_memory", "why_whole"]
 
 
 class ExactTiling:
@@ -87,15 +87,27 @@ def in_bands(vae: AutoencoderKL, action: Literal["encode", "decode"], x: Tensor)
         UserError: `max_memory_gib` cannot be met; names the smallest that can.
     """
     half: nn.Module = vae.encoder if action == "encode" else vae.decoder
-    reason = _cannot(half, x)
-    if reason is None and not vae.use_tiling:
-        reason = _is_not_faster(half, x)
+    reason = why_whole(vae, action, x)
     if reason is not None:
         if vae.use_tiling and not dispatch.is_traced():
             warnings.warn(f"{action} runs untiled although tiling is on: {reason}.", stacklevel=4)
         return None
     measure = choose_measure(vae, action, x)
-    return measure.run(half, action, x, keep_weights=not vae.use_tiling, num_groups=vae.config.norm_num_groups)
+    keep_weights = not (vae.use_tiling or vae.training)
+    return measure.run(half, action, x, keep_weights=keep_weights, num_groups=vae.config.norm_num_groups)
+
+
+def why_whole(vae: AutoencoderKL, action: Literal["encode", "decode"], x: Tensor) -> str | None:
+    """Return why the plain forward pass runs, over whole maps; None where row bands do.
+
+    Args:
+        vae: The model.
+        action: Which half.
+        x: What it is given; only its type, device, dtype and shape count.
+    """
+    half: nn.Module = vae.encoder if action == "encode" else vae.decoder
+    reason = _cannot(half, x)
+    return reason if reason is not None or vae.use_tiling else _is_not_faster(half, x)
 
 
 def _cannot(half: nn.Module, x: Tensor) -> str | None:
@@ -109,6 +121,8 @@ def _cannot(half: nn.Module, x: Tensor) -> str | None:
     for name, module in half.named_modules():
         if hasattr(module, "_diffusers_hook"):
             return f"{name or 'the model'} is offloaded by groups; use enable_model_cpu_offload instead"
+        if isinstance(module, nn.Conv2d) and not pads_zeros(module):
+            return f"{name} does not pad with zeros"
         if name.endswith("nonlinearity") and not isinstance(module, nn.SiLU):
             return f"{name} is {type(module).__name__}, and bands are written for SiLU"
     return None

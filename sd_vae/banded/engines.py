@@ -194,7 +194,7 @@ class CompiledEngine(TorchEngine):
             return conv
         bias = module.bias.detach()
         if module.kernel_size == (3, 3) and module.stride == (1, 1):
-            points = weights.transformed(module.weight.detach(), self.workspace, keep=self.keep_weights)
+            points = weights.transformed(module.weight, self.workspace, keep=self.keep_weights)
             return Prepared(points, bias)
         return Prepared(direct.panels(module.weight, self.workspace), bias)
 

@@ -55,7 +55,7 @@ def group_norm_silu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
 
 
 def convolve_map(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None, *, double: bool = False, keep: bool = True
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None, *, double: bool = False, keep: bool
 ) -> Tensor:
     """Return a 3x3 convolution with padding 1, by Winograd, plus a residual.
 
@@ -75,7 +75,7 @@ def convolve_map(
     affine = winograd.Affine.identity(in_channels)
     rows = np.zeros(height + 2, np.int64)
     with Workspace(0) as workspace:
-        points = weights.transformed(weight.detach(), workspace, keep=keep)
+        points = weights.transformed(weight, workspace, keep=keep)
         for picture, target in zip(source, out, strict=True):
             rows[1:-1] = picture.data_ptr() + 4 * width * in_channels * np.arange(height)
             add = residual is not None
@@ -104,8 +104,7 @@ class Convolution(torch.autograd.Function):
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
         """Return conv3x3(x) + bias + residual; weights in training are transformed at every call."""
         ctx.save_for_backward(x, weight)
-        recorded = any(ctx.needs_input_grad)  # type: ignore[attr-defined]
-        return convolve_map(x, weight, bias, residual, keep=not recorded)
+        return convolve_map(x, weight, bias, residual, keep=False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

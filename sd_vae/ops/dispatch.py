@@ -88,9 +88,11 @@ def compiled_unavailable() -> str | None:
         return f"the compiled kernels are for x86-64, not {platform.machine()}"
     if importlib.util.find_spec("numba") is None:
         return 'numba is not installed; pip install "sd-vae[fast]"'
-    from sd_vae.ops.vectors import has_fused_vectors
-
-    return None if has_fused_vectors() else "this processor lacks AVX2 or FMA"
+    try:
+        from sd_vae.ops import kernels, vectors  # noqa: F401
+    except (ImportError, RuntimeError) as error:  # made for another numpy; nowhere to keep what it compiles
+        return f"numba cannot be used: {error}"
+    return None if vectors.has_fused_vectors() else "this processor lacks AVX2 or FMA"
 
 
 def choose_conv3x3(x: Tensor, conv: nn.Module, residual: Tensor | None) -> Choice:
@@ -105,7 +107,7 @@ def choose_conv3x3(x: Tensor, conv: nn.Module, residual: Tensor | None) -> Choic
 
 def choose_upsample(x: Tensor, conv: nn.Module) -> Choice:
     """For nearest-neighbour doubling and a 3x3 convolution."""
-    if reason := opaque(x) or (None if is_plain(conv, nn.Conv2d) else "the module is not a plain convolution"):
+    if reason := opaque(x) or _not_3x3(conv, stride=1):
         return Choice("reference", reason)
     grad = needs_gradient(x, conv)
     reason = "gradients are on" if grad else not_compiled(x) or _not_a_conv(x, conv, stride=1)
@@ -181,16 +183,28 @@ def not_compiled(x: Tensor) -> str | None:
     return compiled_unavailable()
 
 
-def _not_a_conv(x: Tensor, conv: nn.Module, stride: int) -> str | None:
-    """Why a module is not a convolution that the compiled kernels know."""
+def _not_3x3(conv: nn.Module, stride: int) -> str | None:
+    """Why a module is not a plain 3x3 convolution of this stride, with the padding that the model gives it."""
     if not is_plain(conv, nn.Conv2d):
         return f"{type(conv).__name__} is not a plain convolution, or carries a hook"
+    module: Any = conv
+    padding = (1, 1) if stride == 1 else (0, 0)
+    shape = (module.kernel_size, module.stride, module.padding, module.dilation, module.groups, module.padding_mode)
+    return None if shape == ((3, 3), (stride, stride), padding, (1, 1), 1, "zeros") else "not a plain 3x3 convolution"
+
+
+def _not_a_conv(x: Tensor, conv: nn.Module, stride: int) -> str | None:
+    """Why a module is not a convolution that the compiled kernels know."""
+    if reason := _not_3x3(conv, stride):
+        return reason
     from sd_vae.ops.winograd import unsupported
 
     module: Any = conv
-    shape = (module.kernel_size, module.stride, module.dilation, module.groups)
-    if shape != ((3, 3), (stride, stride), (1, 1), 1) or module.bias is None or module.padding_mode != "zeros":
-        return "not a plain 3x3 convolution"
-    if module.weight.dtype != x.dtype or module.weight.device != x.device:
-        return f"the weights are {module.weight.dtype} on {module.weight.device}"
+    if module.bias is None or not module.bias.is_contiguous():
+        return "the bias is missing, or is not contiguous"
+    for weight in (module.weight, module.bias):
+        if type(weight) not in (Tensor, nn.Parameter):
+            return f"the weights are {type(weight).__name__}"
+        if weight.dtype != x.dtype or weight.device != x.device:
+            return f"the weights are {weight.dtype} on {weight.device}"
     return unsupported(module.in_channels, module.out_channels)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["hooked", "is_plain", "onloaded"]
+__all__ = ["hooked", "is_plain", "onloaded", "pads_zeros"]
 
 
 def is_plain(module: Any, kind: type[nn.Module]) -> bool:
@@ -24,13 +24,23 @@ def hooked(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
         or "forward" in attributes
+        or "_conv_forward" in attributes
         or "_hf_hook" in attributes
         or "_diffusers_hook" in attributes
         or module._compiled_call_impl is not None
         or nn.modules.module._global_forward_hooks
         or nn.modules.module._global_forward_pre_hooks
+        or nn.modules.module._global_backward_hooks
+        or nn.modules.module._global_backward_pre_hooks
     )
+
+
+def pads_zeros(conv: nn.Conv2d) -> bool:
+    """Whether zeros surround what a convolution sees; seamless textures are made by padding in a circle."""
+    return conv.padding_mode == "zeros" and "_conv_forward" not in conv.__dict__
 
 
 @contextmanager

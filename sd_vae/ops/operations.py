@@ -60,7 +60,9 @@ def conv3x3(x: Tensor, conv: nn.Module, residual: Tensor | None = None) -> Tenso
         from sd_vae.ops import compiled
 
         module: Any = conv
-        return compiled.Convolution.apply(x, module.weight, module.bias, residual)
+        if dispatch.needs_gradient(x, conv) or (residual is not None and dispatch.needs_gradient(residual)):
+            return compiled.Convolution.apply(x, module.weight, module.bias, residual)
+        return compiled.convolve_map(x, module.weight, module.bias, residual, keep=not conv.training)
     h = conv(x)
     return h if residual is None else residual + h
 
@@ -85,7 +87,7 @@ def upsample_conv(x: Tensor, conv: nn.Module) -> Tensor:
     if choice.version == "compiled":
         from sd_vae.ops import compiled
 
-        return compiled.convolve_map(x, module.weight, module.bias, double=True)
+        return compiled.convolve_map(x, module.weight, module.bias, double=True, keep=not conv.training)
     if choice.version == "four-phase":
         from sd_vae.ops import four_phase
 

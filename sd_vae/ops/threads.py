@@ -6,7 +6,7 @@ here what they mean there. A forked child starts its own.
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import torch
 
@@ -26,14 +26,24 @@ def run_together(work: Callable[[int], None]) -> None:
     count = num_threads()
     if count == 1:
         return work(0)
-    pending = [_executor(count - 1).submit(work, index) for index in range(1, count)]
+    pending: list[Future[None]] = []
     try:
+        pending += [_executor(count - 1).submit(work, index) for index in range(1, count)]
         work(0)
     finally:
-        wait(pending)  # they write into the caller's memory: never leave them running
+        _finish(pending)
     for future in pending:
         future.result()
     return None
+
+
+def _finish(pending: list[Future[None]]) -> None:
+    """Wait for helpers, who write into the caller's memory, whatever comes in between; then raise it."""
+    try:
+        wait(pending)
+    except BaseException:
+        _finish(pending)
+        raise
 
 
 def _executor(size: int) -> ThreadPoolExecutor:

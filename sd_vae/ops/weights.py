@@ -2,12 +2,12 @@
 
 What is kept is found by the weight's address and trusted only if the weight's bytes still have the fingerprint they
 had: an optimiser, a fused LoRA or anything else that writes into a weight is seen however it wrote, at a hundredth of
-a convolution's cost. Nothing is kept while gradients are on.
+a convolution's cost. Nothing is kept in training mode or while gradients are on. What is kept first stays until its
+weight dies: a network runs its layers in a circle, and where they do not all fit, the oldest is the next to be needed.
 """
 
 import threading
 import weakref
-from collections import OrderedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from sd_vae.ops.workspace import Workspace
 
 __all__ = ["BUDGET_BYTES", "forget", "held_bytes", "set_budget", "transformed"]
 
+BYTES_PER_WEIGHT = 16  # 36 points for 9 taps
 BUDGET_BYTES = 256 * 2**20
 """Kept at most, unless `set_budget` says otherwise."""
 
@@ -27,7 +28,7 @@ Points = npt.NDArray[np.float32]  # (C_out / PANEL, 36, C_in, PANEL)
 Key = tuple[int, tuple[int, ...], tuple[int, ...]]
 
 _budget_bytes = BUDGET_BYTES
-_kept: OrderedDict[Key, tuple[int, Points]] = OrderedDict()  # least recently used first
+_kept: dict[Key, tuple[int, Points]] = {}
 _owners: dict[Key, weakref.ref[Tensor]] = {}  # a weight that dies takes its entry along
 _lock = threading.Lock()
 
@@ -37,55 +38,54 @@ def set_budget(num_bytes: int) -> None:
     global _budget_bytes
     _budget_bytes = num_bytes
     with _lock:
-        _shrink(0)
+        while _kept and held_bytes() > _budget_bytes:
+            _discard(next(reversed(_kept)))
 
 
 def held_bytes() -> int:
     """Transformed weights kept now."""
-    return sum(points.nbytes for _, points in _kept.values())
+    return sum(points.nbytes for _, points in list(_kept.values()))
 
 
 def forget(weights: "list[Tensor] | None" = None) -> None:
     """Drop what is kept for these weights, or everything."""
+    wanted = None if weights is None else {id(weight) for weight in weights}
     with _lock:
-        for key in [_key(weight) for weight in weights] if weights is not None else list(_kept):
-            _discard(key)
+        for key, owner in list(_owners.items()):
+            if wanted is None or id(owner()) in wanted:
+                _discard(key)
 
 
 def transformed(weight: Tensor, workspace: Workspace | None, *, keep: bool) -> Points:
     """Return G w G^T of weights (C_out, C_in, 3, 3), fp32, in the kernels' order (C_out/PANEL, 36, C_in, PANEL).
 
     Args:
-        weight: Any strides.
+        weight: Any strides; the tensor that the module owns, as what is kept goes when it does.
         workspace: Where to put what is not kept, good until the next call; None allocates.
         keep: Whether it may be kept for the next call.
     """
-    num_bytes = 4 * weight.numel() * 4
-    if not keep or num_bytes > _budget_bytes:
-        return _transform(weight, workspace)
-    key, mark = _key(weight), _fingerprint(weight)
+    plain = weight.detach()
+    if not keep:
+        return _transform(plain, workspace)
+    key, mark = _key(weight), _fingerprint(plain)
     with _lock:
         found = _kept.get(key)
         if found is not None and found[0] == mark:
-            _kept.move_to_end(key)
             return found[1]
         _discard(key)
-    points = _transform(weight, None)
-    with _lock:
-        _shrink(points.nbytes)
-        _kept[key] = (mark, points)
-        _owners[key] = weakref.ref(weight, lambda _: _discard(key))
+        if held_bytes() + weight.numel() * BYTES_PER_WEIGHT > _budget_bytes:
+            keep = False
+    points = _transform(plain, None if keep else workspace)
+    if keep:
+        with _lock:
+            _kept[key] = (mark, points)
+            _owners[key] = weakref.ref(weight, lambda _: _discard(key))
     return points
 
 
 def _discard(key: Key) -> None:
     _kept.pop(key, None)
     _owners.pop(key, None)
-
-
-def _shrink(more_bytes: int) -> None:
-    while _kept and held_bytes() + more_bytes > _budget_bytes:
-        _discard(next(iter(_kept)))
 
 
 def _key(weight: Tensor) -> Key:
