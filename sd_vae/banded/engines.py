@@ -212,7 +212,7 @@ class CompiledEngine(TorchEngine):
 
         affine = winograd.Affine.identity(source.channels) if norm is None else winograd.Affine(*norm, activate=True)
         winograd.convolve(
-            rows, source.width, affine, conv.weights, conv.bias, out, self.workspace, add=add, double=double
+            rows[None], source.width, affine, conv.weights, conv.bias, out[None], self.workspace, add=add, double=double
         )
 
     def _room(self, shape: tuple[int, ...]) -> Tensor:

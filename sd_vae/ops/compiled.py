@@ -73,13 +73,12 @@ def convolve_map(
     shape = (batch_size, scale * height, scale * width, len(bias))
     out = torch.empty(shape) if residual is None else _pixels(residual).clone()
     affine = winograd.Affine.identity(in_channels)
-    rows = np.zeros(height + 2, np.int64)
+    rows = np.zeros((batch_size, height + 2), np.int64)
+    rows[:, 1:-1] = source.data_ptr() + 4 * width * in_channels * np.arange(batch_size * height).reshape(batch_size, -1)
     with Workspace(0) as workspace:
-        points = weights.transformed(weight, workspace, keep=keep)
-        for picture, target in zip(source, out, strict=True):
-            rows[1:-1] = picture.data_ptr() + 4 * width * in_channels * np.arange(height)
-            add = residual is not None
-            winograd.convolve(rows, width, affine, points, bias.detach(), target, workspace, add=add, double=double)
+        points = weights.transformed(weight.detach(), workspace, keep=keep)
+        add = residual is not None
+        winograd.convolve(rows, width, affine, points, bias.detach(), out, workspace, add=add, double=double)
     return out.permute(0, 3, 1, 2)
 
 

@@ -79,14 +79,15 @@ def fill_window(rows, first_row, first_column, height, width, num_columns, width
 def convolve(counter, thread, grid, block, rows, num_columns, channels, norm, weights, points, double, out, scratch):
     """Blocks of one convolution until the counter runs out.
 
-    grid: tiles down and across, output rows and columns. block: tiles down and across. rows: address of each source row
-    from the one above the first. channels: in, out. norm: addresses of scale and shift, and whether SiLU follows.
-    weights: addresses of the transformed weights and the bias. points: which of the 36 to multiply, the others being
-    zero. double: whether every source pixel is read as if repeated 2x2. out: address, and whether to add to it.
-    scratch: addresses of patch, points in, points out; bytes between points in, points out; bytes a thread.
+    grid: pictures, tiles down and across, output rows and columns. block: the same three, of a block. rows: by picture,
+    address of each source row from the one above the first. channels: in, out. norm: addresses of scale and shift, and
+    whether SiLU follows. weights: addresses of the transformed weights and the bias. points: which of the 36 to
+    multiply, the others being zero. double: whether every source pixel is read as if repeated 2x2. out: address, and
+    whether to add to it. scratch: addresses of patch, points in, points out; bytes between points in, points out; bytes
+    a thread.
     """
-    tiles_down, tiles_across, out_height, out_width = grid
-    block_down, block_across = block
+    num_pictures, tiles_down, tiles_across, out_height, out_width = grid
+    block_pictures, block_down, block_across = block
     in_bytes, out_bytes = channels[0] * 4, channels[1] * 4
     step = 2 if double else 4
     own = thread * scratch[5]
@@ -96,18 +97,25 @@ def convolve(counter, thread, grid, block, rows, num_columns, channels, norm, we
     table_address = table.ctypes.data
     if len(points) < 36:
         _clear(product, 36 * product_step)
-    blocks_across = -(-tiles_across // block_across)
-    num_blocks = -(-tiles_down // block_down) * blocks_across
+    blocks_down, blocks_across = -(-tiles_down // block_down), -(-tiles_across // block_across)
+    num_blocks = -(-num_pictures // block_pictures) * blocks_down * blocks_across
     while True:
         index = atomic_add(counter, 1)
         if index >= num_blocks:
             break
-        top, start = index // blocks_across * block_down, index % blocks_across * block_across
+        first, rest = index // (blocks_down * blocks_across) * block_pictures, index % (blocks_down * blocks_across)
+        top, start = rest // blocks_across * block_down, rest % blocks_across * block_across
+        pictures = min(block_pictures, num_pictures - first)
         down, across = min(block_down, tiles_down - top), min(block_across, tiles_across - start)
-        width = across * step + 2
-        fill_window(rows, top * step, start * step - 1, down * step + 2, width, num_columns, in_bytes, norm, patch)
-        for tile in range(down * across):
-            y, x = tile // across * step, tile % across * step
+        height, width = down * step + 2, across * step + 2
+        for picture in range(pictures):
+            target = patch + picture * height * width * in_bytes
+            source = rows[first + picture]
+            fill_window(source, top * step, start * step - 1, height, width, num_columns, in_bytes, norm, target)
+        num_tiles = pictures * down * across
+        for tile in range(num_tiles):
+            picture, place = tile // (down * across), tile % (down * across)
+            y, x = picture * height + place // across * step, place % across * step
             for i in range(6):
                 for j in range(6):
                     dy, dx = ((i + 1) >> 1, (j + 1) >> 1) if double else (i, j)
@@ -115,21 +123,22 @@ def convolve(counter, thread, grid, block, rows, num_columns, channels, norm, we
             target = left + tile // ROWS * ROWS * in_bytes + tile % ROWS * VECTOR_BYTES
             for c in range(0, in_bytes, VECTOR_BYTES):
                 input_transform(table_address, c, target + c * ROWS, left_step)
-        num_groups = -(-down * across // ROWS)
         for panel in range(0, out_bytes, PANEL_BYTES):
             for p in points:
                 right = weights[0] + (panel * 36 + p * PANEL_BYTES) * channels[0]
-                for group in range(num_groups):
+                for group in range(-(-num_tiles // ROWS)):
                     a = left + p * left_step + group * ROWS * in_bytes
                     c = product + p * product_step + group * ROWS * PANEL_BYTES
                     multiply(a, right, c, channels[0] // LANES)
-            for tile in range(down * across):
-                y, x = (top + tile // across) * 4, (start + tile % across) * 4
+            for tile in range(num_tiles):
+                picture, place = tile // (down * across), tile % (down * across)
+                y, x = (top + place // across) * 4, (start + place % across) * 4
+                corner = out[0] + (first + picture) * out_height * out_width * out_bytes
                 for i in range(4):
                     for j in range(4):
                         inside = y + i < out_height and x + j < out_width
                         # Beyond the edge: thrown onto the patch, which is spent.
-                        table[4 * i + j] = out[0] + ((y + i) * out_width + x + j) * out_bytes if inside else patch
+                        table[4 * i + j] = corner + ((y + i) * out_width + x + j) * out_bytes if inside else patch
                 for c in range(0, PANEL_BYTES, VECTOR_BYTES):
                     source = product + tile * PANEL_BYTES + c
                     output_transform(source, product_step, table_address, panel + c, weights[1], out[1])

@@ -73,24 +73,24 @@ def convolve(
     """Write conv3x3(silu(x * scale + shift)) + bias into `out`, or add it to what is there.
 
     Args:
-        rows: Address of each source row, from the one above the first that is asked for to the one below the last; 0 is
-            a row of zeros.
+        rows: By picture, address of each source row, from the one above the first that is asked for to the one below
+            the last, (B, rows); 0 is a row of zeros.
         num_columns: Pixels in a source row.
         affine: What happens to each pixel first; zeros outside the map stay zero.
         points: Weights as `transformed` gives them.
         bias: (C_out,).
-        out: (R, W, C_out), contiguous.
+        out: (B, R, W, C_out), contiguous.
         workspace: Where scratch memory comes from.
         add: Add to `out`.
         double: Read the source as if every pixel were repeated 2x2: `out` has twice its rows and columns.
     """
-    height, width, out_channels = out.shape
+    num_pictures, height, width, out_channels = out.shape
     in_channels = len(affine.scale)
     step = 2 if double else 4
-    tiles = -(-height // 4), -(-width // 4)
-    block = _block(*tiles, num_threads())
-    table = np.zeros(tiles[0] * step + 2, np.int64)
-    table[: len(rows)] = rows
+    grid = num_pictures, -(-height // 4), -(-width // 4)
+    block = _block(*grid, num_threads())
+    table = np.zeros((num_pictures, grid[1] * step + 2), np.int64)
+    table[:, : rows.shape[1]] = rows
     offsets = _layout(block, step, in_channels, out_channels)
     base = workspace.scratch("winograd", (offsets[-1] * num_threads(),)).data_ptr()
     scratch = (base, base + offsets[0], base + offsets[1], *offsets[2:])
@@ -101,7 +101,7 @@ def convolve(
         kernels.convolve(
             counter.ctypes.data,
             thread,
-            (*tiles, height, width),
+            (*grid, height, width),
             block,
             table,
             num_columns,
@@ -118,17 +118,20 @@ def convolve(
 
 
 def scratch_bytes(height: int, width: int, in_channels: int, out_channels: int, *, double: bool = False) -> int:
-    """Scratch memory that a convolution with this output size takes."""
-    block = _block(-(-height // 4), -(-width // 4), num_threads())
+    """Scratch memory that a convolution of one picture with this output size takes."""
+    block = _block(1, -(-height // 4), -(-width // 4), num_threads())
     return _layout(block, 2 if double else 4, in_channels, out_channels)[-1] * num_threads()
 
 
-def _layout(block: tuple[int, int], step: int, in_channels: int, out_channels: int) -> tuple[int, int, int, int, int]:
+def _layout(
+    block: tuple[int, int, int], step: int, in_channels: int, out_channels: int
+) -> tuple[int, int, int, int, int]:
     """Where points in and out start, bytes from one point to the next in each, and bytes a thread."""
-    padded = -(-block[0] * block[1] // ROWS) * ROWS
+    pictures, down, across = block
+    padded = -(-pictures * down * across // ROWS) * ROWS
     # One line more than a multiple of a large power of two, or all 36 points compete for the same cache sets.
     left_step, product_step = (_round_up(padded * c * 4, 2048) + ALIGNMENT for c in (in_channels, kernels.PANEL))
-    patch = (block[0] * step + 2) * (block[1] * step + 2) * in_channels * 4
+    patch = pictures * (down * step + 2) * (across * step + 2) * in_channels * 4
     left = _round_up(max(patch, out_channels * 4), ALIGNMENT)
     product = left + 36 * left_step
     return left, product, left_step, product_step, _round_up(product + 36 * product_step, 4096)
@@ -139,19 +142,21 @@ def _round_up(value: int, multiple: int) -> int:
 
 
 @lru_cache(maxsize=256)
-def _block(tiles_down: int, tiles_across: int, threads: int) -> tuple[int, int]:
-    """Tiles down and across that a block has: the cheapest for the busiest thread.
+def _block(num_pictures: int, tiles_down: int, tiles_across: int, threads: int) -> tuple[int, int, int]:
+    """Pictures, tiles down and tiles across that a block has: the cheapest for the busiest thread.
 
     Counted in tiles that are multiplied, the register tile's empty rows among them; a block's pixels, borders included,
     are normalised at about a tenth of that, and fetching the weights costs about ten tiles.
     """
-    best = (float("inf"), (1, 1))
+    best = (float("inf"), (1, 1, 1))
     for down in range(1, min(tiles_down, MAX_TILES) + 1):
         for across in range(1, min(tiles_across, MAX_TILES // down) + 1):
-            num_blocks = -(-tiles_down // down) * -(-tiles_across // across)
-            rounds = -(-num_blocks // threads)
-            padded = -(-down * across // ROWS) * ROWS
+            whole = down == tiles_down and across == tiles_across
             border = (4 * down + 2) * (4 * across + 2) / 16
-            cost = rounds * (padded + 0.1 * border + 10)
-            best = min(best, (cost, (down, across)))
+            for pictures in range(1, min(num_pictures, MAX_TILES // (down * across)) + 1 if whole else 2):
+                places = -(-tiles_down // down) * -(-tiles_across // across)
+                rounds = -(-(-(-num_pictures // pictures) * places) // threads)
+                padded = -(-pictures * down * across // ROWS) * ROWS
+                cost = rounds * (padded + 0.1 * pictures * border + 10)
+                best = min(best, (cost, (pictures, down, across)))
     return best[1]
