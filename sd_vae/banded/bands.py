@@ -39,6 +39,7 @@ class Bands:
 
     def append(self, band: Tensor) -> None:
         """Add the rows below the last band."""
+        assert band.is_contiguous(), f"a band of strides {band.stride()} is not pixels in order"
         self._starts.append(self._end)
         self._end += len(band)
         self._bands.append(band)

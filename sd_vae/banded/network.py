@@ -155,9 +155,9 @@ class BandedNetwork:
         return result
 
     def _external(self, x: Tensor) -> Bands:
-        """The caller's tensor as a map of one band, which is not ours to give back."""
+        """The caller's tensor as a map of one band, pixels in order, which is not ours to give back."""
         bands = Bands(x.shape[2], x.shape[3], x.shape[1], give=lambda _: None)
-        bands.append(x[0].permute(1, 2, 0))
+        bands.append(x[0].permute(1, 2, 0).contiguous())  # the kernels read rows by their address
         return bands
 
     def _empty(self, height: int, width: int, channels: int) -> Bands:
