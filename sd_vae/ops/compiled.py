@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
@@ -97,7 +98,7 @@ def halve_map(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 class Convolution(torch.autograd.Function):
-    """`convolve_map` with its gradient: the data's by Winograd, with turned weights; the weights' by PyTorch."""
+    """`convolve_map` with its gradient: the data's with turned weights, and the weights', both by Winograd."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
@@ -117,14 +118,32 @@ class Convolution(torch.autograd.Function):
             if winograd.unsupported(turned.shape[1], turned.shape[0]) is None:
                 grad_x = Convolution.apply(grad, turned, grad.new_zeros(turned.shape[0]), None)
             else:
-                grad_x = torch.nn.functional.conv2d(grad, turned, padding=1)
-        if wants_weight or wants_bias:
-            mask = (False, wants_weight, wants_bias)
-            sizes, ones = [weight.shape[0]], [1, 1]
-            _, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-                grad, x, weight, sizes, ones, ones, ones, False, [0, 0], 1, mask
-            )
+                grad_x = F.conv2d(grad, turned, padding=1)
+        if wants_weight:
+            grad_weight = WeightGradient.apply(x, grad)
+        if wants_bias:
+            grad_bias = grad.sum((0, 2, 3))
         return grad_x, grad_weight, grad_bias, grad if wants_residual else None
+
+
+class WeightGradient(torch.autograd.Function):
+    """The gradient of a 3x3 convolution's weights, by Winograd, from its source and its result's gradient."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, grad: Tensor) -> Tensor:
+        """Return (D_out, D_in, 3, 3)."""
+        ctx.save_for_backward(x, grad)
+        source, gradient = _pixels(x), _pixels(grad)
+        with Workspace(0) as workspace:
+            return winograd.weight_gradient(source, gradient, workspace)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gradients of both, which it is linear in: plain convolutions with the gradient as weights."""
+        x, grad = ctx.saved_tensors
+        (weight,) = grads
+        turned = weight.flip(2, 3).transpose(0, 1)
+        return F.conv2d(grad, turned, padding=1), F.conv2d(x, weight, padding=1)
 
 
 def _pixels(x: Tensor) -> Tensor:

@@ -9,18 +9,9 @@ it falls into. Addresses are integers that `sd_vae.ops.winograd` has checked; le
 import numpy as np
 from numba import njit
 
-from sd_vae.ops.vectors import (
-    LANES,
-    ROWS,
-    atomic_add,
-    copy_vector,
-    input_transform,
-    multiply,
-    output_transform,
-    scale_shift_silu,
-    store_zero,
-    weight_transform,
-)
+from sd_vae.ops.products import accumulate, multiply
+from sd_vae.ops.transforms import gradient_transform, input_transform, output_transform, weight_transform
+from sd_vae.ops.vectors import COLUMNS, LANES, ROWS, atomic_add, copy_vector, scale_shift_silu, store_zero
 
 __all__ = [
     "convolve",
@@ -35,6 +26,8 @@ __all__ = [
 VECTOR_BYTES = 4 * LANES
 PANEL_BYTES = 8 * LANES
 PANEL = 2 * LANES  # output channels of one register tile
+STRIPE = 64  # input channels whose weights' gradient a thread sums at a time
+TILES_SUMMED = 48
 STRETCH = 4 * ROWS  # output pixels whose sources are gathered at once
 MIX = np.uint64(0x9E3779B97F4A7C15)
 
@@ -142,6 +135,57 @@ def convolve(counter, thread, grid, block, rows, num_columns, channels, norm, we
                 for c in range(0, PANEL_BYTES, VECTOR_BYTES):
                     source = product + tile * PANEL_BYTES + c
                     output_transform(source, product_step, table_address, panel + c, weights[1], out[1])
+
+
+@njit(cache=True, nogil=True)
+def weight_gradient(counter, thread, grid, rows, gradient_rows, channels, target, scratch):
+    """Winograd's gradient of the transformed weights, (36, C_in, C_out), STRIPE input channels at a time.
+
+    grid: pictures, tiles down and across, rows and columns. rows, gradient_rows: by picture, addresses of the rows of
+    the source, from the one above the first, and of the result's gradient. channels: in, out. target: its address, all
+    zeros. scratch: addresses of patch, source points, gradient points; bytes between points in each; bytes a thread.
+    """
+    num_pictures, tiles_down, tiles_across, num_rows, num_columns = grid
+    in_bytes, out_bytes = channels[0] * 4, channels[1] * 4
+    own = thread * scratch[5]
+    patch, left, right = scratch[0] + own, scratch[1] + own, scratch[2] + own
+    left_step, right_step = scratch[3], scratch[4]
+    table = np.empty(36, np.int64)
+    table_address = table.ctypes.data
+    _clear(patch, max(in_bytes, out_bytes))
+    num_tiles = num_pictures * tiles_down * tiles_across
+    while True:
+        first = atomic_add(counter, STRIPE) * 4
+        if first >= in_bytes:
+            break
+        stripe = min(STRIPE * 4, in_bytes - first)
+        for start in range(0, num_tiles, TILES_SUMMED):
+            together = min(TILES_SUMMED, num_tiles - start)
+            for tile in range(together):
+                picture, place = (
+                    (start + tile) // (tiles_down * tiles_across),
+                    (start + tile) % (tiles_down * tiles_across),
+                )
+                y, x = place // tiles_across * 4, place % tiles_across * 4
+                for i in range(6):
+                    for j in range(6):
+                        row, column = rows[picture, y + i], x + j - 1
+                        inside = row != 0 and 0 <= column < num_columns
+                        table[6 * i + j] = row + column * in_bytes + first if inside else patch
+                for c in range(0, stripe, VECTOR_BYTES):
+                    input_transform(table_address, c, left + tile * stripe + c, left_step)
+                for i in range(4):
+                    for j in range(4):
+                        inside = y + i < num_rows and x + j < num_columns
+                        table[4 * i + j] = gradient_rows[picture, y + i] + (x + j) * out_bytes if inside else patch
+                for c in range(0, out_bytes, VECTOR_BYTES):
+                    gradient_transform(table_address, c, right + tile * out_bytes + c, right_step)
+            for p in range(36):
+                for c in range(0, stripe, 4 * COLUMNS):
+                    sums = target + (p * channels[0] + (first + c) // 4) * out_bytes
+                    for panel in range(0, out_bytes, PANEL_BYTES):
+                        a, b = left + p * left_step + c, right + p * right_step + panel
+                        accumulate(a, stripe, b, out_bytes, sums + panel, out_bytes, together)
 
 
 @njit(cache=True, nogil=True)

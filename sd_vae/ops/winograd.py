@@ -20,13 +20,17 @@ from sd_vae.ops.threads import num_threads, run_together
 from sd_vae.ops.vectors import LANES, ROWS
 from sd_vae.ops.workspace import ALIGNMENT, Workspace
 
-__all__ = ["Affine", "convolve", "scratch_bytes", "unsupported"]
+__all__ = ["Affine", "convolve", "scratch_bytes", "unsupported", "weight_gradient"]
 
 Rows = npt.NDArray[np.int64]
 
 ALL_POINTS = np.arange(36)
 # Of a doubled source two of the six points in each direction are always equal, and their difference is zero.
 DOUBLED_POINTS = np.array([p for p in range(36) if p // 6 != 2 and p % 6 != 2])
+# G: three weights to six points.
+POINTS = torch.tensor(
+    [[1 / 4, 0, 0], [-1 / 6] * 3, [-1 / 6, 1 / 6, -1 / 6], [1 / 24, 1 / 12, 1 / 6], [1 / 24, -1 / 12, 1 / 6], [0, 0, 1]]
+)
 MAX_TILES = 72  # in a block: what is transformed stays in the second-level cache
 
 
@@ -115,6 +119,52 @@ def convolve(
         )
 
     run_together(work)
+
+
+def weight_gradient(source: Tensor, gradient: Tensor, workspace: Workspace) -> Tensor:
+    """Return the gradient of a 3x3 convolution's weights, (C_out, C_in, 3, 3).
+
+    G^T (sum over tiles of (B^T d B) (A y A^T)) G, the transpose of the convolution in its weights.
+
+    Args:
+        source: (B, H, W, C_in), contiguous.
+        gradient: Of the result, (B, H, W, C_out), contiguous.
+        workspace: Where scratch memory comes from.
+    """
+    num_pictures, height, width, in_channels = source.shape
+    out_channels = gradient.shape[3]
+    tiles = -(-height // 4), -(-width // 4)
+    rows = np.zeros((num_pictures, tiles[0] * 4 + 2), np.int64)
+    gradient_rows = np.zeros((num_pictures, tiles[0] * 4), np.int64)
+    index = np.arange(num_pictures * height).reshape(num_pictures, height)
+    rows[:, 1 : height + 1] = source.data_ptr() + 4 * width * in_channels * index
+    gradient_rows[:, :height] = gradient.data_ptr() + 4 * width * out_channels * index
+    # As in `_layout`: steps that spread the 36 points over the cache.
+    summed, stripe = kernels.TILES_SUMMED, min(kernels.STRIPE, in_channels)
+    left_step, right_step = (_round_up(summed * c * 4, 2048) + ALIGNMENT for c in (stripe, out_channels))
+    patch = _round_up(max(in_channels, out_channels) * 4, ALIGNMENT)
+    own = _round_up(patch + 36 * (left_step + right_step), 4096)
+    base = workspace.scratch("winograd", (own * num_threads(),)).data_ptr()
+    scratch = (base, base + patch, base + patch + 36 * left_step, left_step, right_step, own)
+    sums = torch.zeros(36, in_channels, out_channels)
+    counter = np.zeros(1, np.int64)
+
+    def work(thread: int) -> None:
+        kernels.weight_gradient(
+            counter.ctypes.data,
+            thread,
+            (num_pictures, *tiles, height, width),
+            rows,
+            gradient_rows,
+            (in_channels, out_channels),
+            sums.data_ptr(),
+            scratch,
+        )
+
+    run_together(work)
+    both = torch.kron(POINTS, POINTS)  # (36, 9)
+    taps = (both.t() @ sums.view(36, -1)).view(9, in_channels, out_channels)
+    return taps.permute(2, 1, 0).reshape(out_channels, in_channels, 3, 3)
 
 
 def scratch_bytes(height: int, width: int, in_channels: int, out_channels: int, *, double: bool = False) -> int:
