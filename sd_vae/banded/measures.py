@@ -80,7 +80,7 @@ class Measure:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """Predicted peak memory of one picture above the loaded weights, in GiB, input and result included."""
+    """Predicted peak memory of a call above the loaded weights, in GiB, input and result included."""
 
     untiled_gib: float
     """A plain forward pass without gradients."""
@@ -98,8 +98,9 @@ def plan_memory(
     device: str | torch.device = "cpu",
     *,
     action: Action = "decode",
+    batch_size: int = 1,
 ) -> MemoryPlan:
-    """Return what one picture of height x width pixels will take; nothing of that size is allocated.
+    """Return what encoding or decoding pictures of height x width pixels will take; nothing of that size is allocated.
 
     Args:
         config: The architecture.
@@ -108,9 +109,10 @@ def plan_memory(
         dtype: Of weights and activations.
         device: Where it will run; only its type counts.
         action: "decode", the larger of the two, or "encode".
+        batch_size: Pictures in the call. Bands are of one at a time; untiled, all are in memory at once.
 
     Raises:
-        UserError: A size that the factor does not divide, or a dtype that is not a float.
+        UserError: A size that the factor does not divide, a dtype that is not a float, or no picture.
     """
     from sd_vae.banded.planning import predict
 
@@ -120,26 +122,30 @@ def plan_memory(
         )
     if not dtype.is_floating_point:
         raise UserError(f"dtype is {dtype}, it must be a float type such as torch.float32.")
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}, it must be at least 1.")
     kind = torch.device(device).type
     text = json.dumps(config.to_dict(), sort_keys=True)
-    measures = _measures(kind, dtype)
-    taken = [predict(text, action, height, width, dtype, kind, measure) for measure in measures]
+    measures = _measures(kind, compiled=dtype == torch.float32 and not _no_kernels())
+    taken = [predict(text, action, batch_size, height, width, dtype, kind, measure) for measure in measures]
     return MemoryPlan(
-        untiled_gib=predict(text, action, height, width, dtype, kind, None) / GIB,
+        untiled_gib=predict(text, action, batch_size, height, width, dtype, kind, None) / GIB,
         banded_gib=taken[0] / GIB,
         measures=tuple((str(measure), num_bytes / GIB) for measure, num_bytes in zip(measures, taken, strict=True)),
     )
 
 
 def choose_measure(vae: AutoencoderKL, action: Action, x: Tensor) -> Measure:
-    """Return the first measure that keeps a picture of x within the model's budget.
+    """Return the first measure that keeps a call within the model's budget.
 
     Raises:
         UserError: None does; names the smallest budget that can be met.
     """
     from sd_vae.banded.planning import predict
 
-    measures = _measures(x.device.type, x.dtype)
+    half: nn.Module = vae.encoder if action == "encode" else vae.decoder
+    plain = dispatch.opaque(x) or dispatch.not_compiled(x) or next(half.parameters()).dtype != x.dtype
+    measures = _measures(x.device.type, compiled=not plain)
     if vae.max_memory_gib is None:
         return measures[0]
     scale = 1 if action == "encode" else vae.factor
@@ -147,20 +153,25 @@ def choose_measure(vae: AutoencoderKL, action: Action, x: Tensor) -> Measure:
     text = json.dumps(VAEConfig.from_dict(dict(vae.config), source="the model").to_dict(), sort_keys=True)
     taken = []
     for measure in measures:
-        taken.append(predict(text, action, *size, x.dtype, x.device.type, measure))
+        taken.append(predict(text, action, len(x), *size, x.dtype, x.device.type, measure))
         if taken[-1] <= vae.max_memory_gib * GIB:
             return measure
     least = min(taken)
+    count = f"{len(x)} times " if len(x) > 1 else ""
     raise UserError(
-        f"max_memory_gib is {vae.max_memory_gib:g}, and to {action} {size[0]}x{size[1]} pixels takes at least "
+        f"max_memory_gib is {vae.max_memory_gib:g}, and to {action} {count}{size[0]}x{size[1]} pixels takes at least "
         f"{least / GIB + 0.005:.2f} GiB ({measures[taken.index(least)]}); give it that much, or a smaller picture."
     )
 
 
-def _measures(device: str, dtype: torch.dtype) -> list[Measure]:
+def _no_kernels() -> bool:
+    """Whether the compiled kernels cannot run here, or may not."""
+    return dispatch.reference_is_forced() or dispatch.compiled_unavailable() is not None
+
+
+def _measures(device: str, *, compiled: bool) -> list[Measure]:
     """Every measure for a device, the quickest first."""
     if device == "cpu":
-        compiled = dtype == torch.float32 and not (dispatch.reference_is_forced() or dispatch.compiled_unavailable())
         return [Measure(size, compiled) for size in CPU_BANDS]
     kept = [Measure(size, compiled=False) for size in GPU_BANDS]
     return kept + [Measure(size, compiled=False, spilled=True) for size in GPU_BANDS]

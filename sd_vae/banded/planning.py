@@ -102,13 +102,21 @@ class PlannedEngine(CompiledEngine):
 
 @functools.lru_cache(maxsize=1024)
 def predict(
-    config: str, action: Action, height: int, width: int, dtype: torch.dtype, device: str, measure: Measure | None
+    config: str,
+    action: Action,
+    batch_size: int,
+    height: int,
+    width: int,
+    dtype: torch.dtype,
+    device: str,
+    measure: Measure | None,
 ) -> int:
-    """Return the peak bytes of one picture above the loaded weights; input and result are counted.
+    """Return the peak bytes of a call above the loaded weights; input and result are counted.
 
     Args:
         config: `VAEConfig` as JSON.
         action: Which half.
+        batch_size: Pictures.
         height: Pixels.
         width: Pixels.
         dtype: Of weights and activations.
@@ -121,7 +129,7 @@ def predict(
         num_channels, factor = vae.config.latent_channels, vae.factor
     half = vae.encoder if action == "encode" else vae.decoder
     with PeakMemory(half.parameters()) as memory, dispatch.planned_for(device), torch.no_grad():
-        x = torch.empty(1, num_channels, height // factor, width // factor, dtype=dtype, device="meta")
+        x = torch.empty(batch_size, num_channels, height // factor, width // factor, dtype=dtype, device="meta")
         if measure is None:
             half(x)
         else:
@@ -136,4 +144,5 @@ def _skeleton(config: str, dtype: torch.dtype) -> AutoencoderKL:
 
     fields = VAEConfig.from_dict(json.loads(config), source="the model").to_dict()
     with torch.device("meta"):
-        return AutoencoderKL(**fields).to(dtype).eval()
+        vae = AutoencoderKL(**fields).eval()
+    return torch.nn.Module.to(vae, dtype)  # past diffusers' own, which logs a warning
