@@ -77,7 +77,7 @@ def convolve_map(
     rows = np.zeros((batch_size, height + 2), np.int64)
     rows[:, 1:-1] = source.data_ptr() + 4 * width * in_channels * np.arange(batch_size * height).reshape(batch_size, -1)
     with Workspace(0) as workspace:
-        points = weights.transformed(weight.detach(), workspace, keep=keep)
+        points = weights.transformed(weight, workspace, keep=keep)
         add = residual is not None
         winograd.convolve(rows, width, affine, points, bias.detach(), out, workspace, add=add, double=double)
     return out.permute(0, 3, 1, 2)
