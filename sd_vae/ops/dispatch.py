@@ -39,8 +39,11 @@ Version = Literal["reference", "compiled", "triton", "four-phase"]
 _planned: ContextVar[str] = ContextVar("sd_vae_planned_device", default="meta")
 _forced: ContextVar[bool] = ContextVar("sd_vae_reference", default=False)
 
-MIN_PIXELS = 256
+MIN_PIXELS = 2048
 """Below this many output pixels in a batch, transforming the weights costs what the convolution saves."""
+MIN_FLOPS, MIN_FLOPS_IN_TRAINING = 1e9, 2.5e9
+"""Below this many operations of the direct convolution, calling the kernels costs what they save; measured on two cores
+by `benchmarks/training_step.py`."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ def choose_conv3x3(x: Tensor, conv: nn.Module, residual: Tensor | None) -> Choic
     reason = opaque(x) or not_compiled(x) or _not_a_conv(x, conv, stride=1)
     if reason is None and residual is not None and residual.dtype != x.dtype:
         reason = f"the residual is {residual.dtype}, x is {x.dtype}"
-    if reason is None and x.shape[0] * x.shape[2] * x.shape[3] < MIN_PIXELS:
+    if reason is None and _is_too_small(x, conv):
         reason = f"{tuple(x.shape)} is too small to gain"
     return Choice("reference", reason) if reason else Choice("compiled", "fp32 on the CPU: Winograd F(4x4, 3x3)")
 
@@ -172,6 +175,13 @@ def needs_gradient(x: Tensor, *modules: nn.Module) -> bool:
     if not torch.is_grad_enabled():
         return False
     return x.requires_grad or any(p.requires_grad for module in modules for p in module.parameters())
+
+
+def _is_too_small(x: Tensor, conv: Any) -> bool:
+    """Whether the kernels' fixed costs exceed what they save on this map."""
+    num_pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    flops = 18 * conv.in_channels * conv.out_channels * num_pixels
+    return num_pixels < MIN_PIXELS or flops < (MIN_FLOPS_IN_TRAINING if needs_gradient(x, conv) else MIN_FLOPS)
 
 
 def not_compiled(x: Tensor) -> str | None:

@@ -22,7 +22,7 @@ class Workspace:
     """Slabs of one size, and scratch areas that grow; a context manager that lets go of everything at its end.
 
     Args:
-        slab_bytes: Size of the largest band.
+        slab_bytes: Size of the largest band; 0 where there are none: then PyTorch's allocator serves the scratch.
         device: "cpu", or "meta" to plan: then nothing has memory.
     """
 
@@ -69,9 +69,9 @@ class Workspace:
         return self._areas[area][:num_bytes].view(dtype).view(shape)
 
     def _allocate(self, num_bytes: int) -> Tensor:
-        """Fresh pages of our own, huge where the system has them; gone with the last reference."""
-        if self.device.type == "meta":
-            return torch.empty(num_bytes, dtype=torch.uint8, device="meta")
+        """Memory that is gone with the last reference; for bands fresh pages, huge where the system has them."""
+        if self.device.type == "meta" or not self.slab_bytes:
+            return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
         pages = mmap.mmap(-1, num_bytes + HUGE_PAGE)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             pages.madvise(mmap.MADV_HUGEPAGE)
