@@ -19,6 +19,7 @@ COMMANDS = {
     "reconstruct": "encode and decode pictures, side by side and with metrics",
     "convert": "rewrite a checkpoint in another layout, verified by loading it back",
     "inspect": "what is in a checkpoint: layout, config, dtype, parameters, problems",
+    "bench": "speed and memory beside diffusers on this machine, and which version of what runs",
 }
 """Command to one line of help; each lives in the module of its name."""
 
