@@ -23,8 +23,10 @@ from torch import Tensor, nn
 
 from sd_vae.ops.modules import is_plain
 
-__all__ = ["Choice", "choose_conv3x3", "choose_downsample", "choose_norm", "choose_upsample", "compiled_unavailable"]
+__all__ = ["Choice", "choose_conv3x3", "choose_downsample", "choose_norm", "choose_sum", "choose_upsample"]
 __all__ += [
+    "compiled_unavailable",
+    "is_traced",
     "needs_gradient",
     "not_compiled",
     "opaque",
@@ -146,6 +148,18 @@ def choose_norm(x: Tensor, norm: nn.Module, nonlinearity: nn.Module | None) -> C
     if reason is None and x.shape[1] % 16:
         reason = f"{x.shape[1]} channels are not a multiple of 16"
     return Choice("reference", reason) if reason else Choice("compiled", "fp32 on the CPU without gradients")
+
+
+def choose_sum(residual: Tensor, h: Tensor) -> Choice:
+    """For a residual sum, whose statistics the next norm needs."""
+    if h.device.type != "cuda":
+        return Choice("reference", f"h is on {h.device.type}")
+    from sd_vae.ops import triton_norm
+
+    reason = opaque(h) or triton_norm.supports(h, 1) or triton_norm.supports(residual, 1)
+    if reason is None and residual.dtype != h.dtype:
+        reason = f"the residual is {residual.dtype}, h is {h.dtype}"
+    return Choice("reference", reason) if reason else Choice("triton", "on a GPU, channels_last, no gradients")
 
 
 def opaque(x: Tensor) -> str | None:

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from sd_vae.ops import dispatch
 
 __all__ = ["attention", "conv1x1", "conv3x3", "downsample_conv", "group_norm_silu", "lay_out", "upsample_conv"]
 
 SILU = nn.SiLU()
+_statistics_of_sums = WeakTensorKeyDictionary()  # gone with the sum
 MAX_SCORE_BYTES = 2 * 2**30
 """Attention scores held at once where the backend holds them all."""
 
@@ -39,8 +41,15 @@ def group_norm_silu(x: Tensor, norm: nn.Module, nonlinearity: nn.Module = SILU) 
     if choice.version == "triton":
         from sd_vae.ops import triton_norm
 
-        weight, bias = group_norm.weight, group_norm.bias
-        return triton_norm.group_norm_silu(x, weight, bias, group_norm.num_groups, group_norm.eps, silu=True)
+        return triton_norm.group_norm_silu(
+            x,
+            group_norm.weight,
+            group_norm.bias,
+            group_norm.num_groups,
+            group_norm.eps,
+            silu=True,
+            statistics=_statistics_of_sums.get(x),
+        )
     if choice.version == "compiled":
         from sd_vae.ops import compiled
 
@@ -64,7 +73,18 @@ def conv3x3(x: Tensor, conv: nn.Module, residual: Tensor | None = None) -> Tenso
             return compiled.Convolution.apply(x, module.weight, module.bias, residual)
         return compiled.convolve_map(x, module.weight, module.bias, residual, keep=not conv.training)
     h = conv(x)
-    return h if residual is None else residual + h
+    return h if residual is None else _add(residual, h)
+
+
+def _add(residual: Tensor, h: Tensor) -> Tensor:
+    """The sum; on a GPU with its statistics for the norm that follows, from the same pass."""
+    if dispatch.choose_sum(residual, h).version != "triton":
+        return residual + h
+    from sd_vae.ops import triton_norm
+
+    total, statistics = triton_norm.add_with_statistics(h, residual)
+    _statistics_of_sums[total] = statistics
+    return total
 
 
 def conv1x1(x: Tensor, conv: nn.Module) -> Tensor:
