@@ -12,6 +12,7 @@ __all__ = [
     "Damage",
     "Item",
     "LatentDataset",
+    "LatentStatistics",
     "LatentStore",
     "Manifest",
     "Numerics",
@@ -21,6 +22,7 @@ __all__ = [
     "StoreDescription",
     "Verification",
     "encoder_fingerprint",
+    "measure",
     "numerics_of",
     "verify",
 ]
@@ -29,6 +31,7 @@ _HOMES = {
     "Damage": "sd_vae.latents.verification",
     "Item": "sd_vae.latents.format",
     "LatentDataset": "sd_vae.latents.dataset",
+    "LatentStatistics": "sd_vae.latents.statistics",
     "LatentStore": "sd_vae.latents.store",
     "Manifest": "sd_vae.latents.records",
     "Numerics": "sd_vae.latents.format",
@@ -38,6 +41,7 @@ _HOMES = {
     "StoreDescription": "sd_vae.latents.format",
     "Verification": "sd_vae.latents.verification",
     "encoder_fingerprint": "sd_vae.latents.fingerprint",
+    "measure": "sd_vae.latents.statistics",
     "numerics_of": "sd_vae.latents.fingerprint",
     "verify": "sd_vae.latents.verification",
 }
@@ -48,6 +52,7 @@ if TYPE_CHECKING:
     from sd_vae.latents.format import Item, Numerics, Reject, StoreDescription
     from sd_vae.latents.reader import ShardReader
     from sd_vae.latents.records import Manifest
+    from sd_vae.latents.statistics import LatentStatistics, measure
     from sd_vae.latents.store import LatentStore
     from sd_vae.latents.verification import Damage, Verification, verify
     from sd_vae.latents.writer import ShardWriter
