@@ -58,6 +58,10 @@ class ExactTiling:
         self.use_tiling = use_tiling
         self.max_memory_gib = max_memory_gib if use_tiling else None
 
+    def disable_tiling(self) -> None:
+        """Turn tiling off, and lift its budget."""
+        self.enable_tiling(False)
+
     def tiled_decode(self, z: Tensor, return_dict: bool = True) -> Any:
         """Return `decode(z)` in row bands, whatever `enable_tiling` says; the name is diffusers'."""
         return self._while_tiling(lambda vae: vae.decode(z, return_dict=return_dict))
