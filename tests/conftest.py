@@ -1,7 +1,9 @@
 """Shared fixtures: tiny real models and pictures, the photos beside the checkout where they are."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before diffusers is imported: no test reaches a hub
 
@@ -27,6 +29,21 @@ def tiny_vae() -> AutoencoderKL:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return AutoencoderKL(**TINY).eval()
+
+
+@pytest.fixture
+def assert_close() -> Callable[..., None]:
+    """A check that a result of the fast versions is the plain path's, relative to the largest magnitude."""
+
+    def check(actual: Any, expected: Any, bound: float = 1e-4) -> None:
+        ours, theirs = torch.as_tensor(actual), torch.as_tensor(expected)
+        assert ours.shape == theirs.shape
+        difference = float((ours - theirs).abs().max().detach() / theirs.abs().max().detach())
+        assert difference <= bound, (
+            f"differs by {difference:.1e} of the largest magnitude, at most {bound:.0e} is right"
+        )
+
+    return check
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 from accelerate import cpu_offload_with_hook
 from accelerate.hooks import ModelHook, add_hook_to_module
 
-from sd_vae import AutoencoderKL
+from sd_vae import AutoencoderKL, ops
 from sd_vae._diffusers import DiffusersAutoencoderKL
 
 
@@ -76,7 +76,8 @@ def test_interop_spawned_process_gives_the_same_numbers(tiny_vae, x) -> None:
 
 def test_interop_compiles_without_graph_break(tiny_vae, x) -> None:
     torch._dynamo.reset()
-    expected = reconstruct(tiny_vae, x)
+    with ops.reference():  # what is traced is the plain path
+        expected = reconstruct(tiny_vae, x)
 
     with torch.no_grad():
         z = torch.compile(tiny_vae.encode, backend="eager", fullgraph=True)(x).latent_dist.mode()
@@ -88,7 +89,8 @@ def test_interop_compiles_without_graph_break(tiny_vae, x) -> None:
 def test_interop_compiled_training_step_gives_the_same_gradients(tiny_vae, x) -> None:
     torch._dynamo.reset()
     tiny_vae.train()
-    tiny_vae(x).sample.square().mean().backward()
+    with ops.reference():  # what is traced is the plain path
+        tiny_vae(x).sample.square().mean().backward()
     expected = [weight.grad.clone() for weight in tiny_vae.parameters()]
     tiny_vae.zero_grad()
 
@@ -100,9 +102,12 @@ def test_interop_compiled_training_step_gives_the_same_gradients(tiny_vae, x) ->
 
 
 def test_interop_exports(tiny_vae, x) -> None:
+    with ops.reference():  # what is traced is the plain path
+        expected = tiny_vae(x).sample
+
     program = torch.export.export(tiny_vae, (x,))
 
-    assert torch.equal(program.module()(x).sample, tiny_vae(x).sample)
+    assert torch.equal(program.module()(x).sample, expected)
 
 
 @pytest.mark.parametrize("call", ["encode", "decode"])
@@ -124,13 +129,14 @@ def test_interop_accelerate_cpu_offload_gives_the_same_numbers(tiny_vae, x) -> N
 
 
 @pytest.mark.parametrize("offload_type", ["leaf_level", "block_level"])
-def test_interop_group_offload_gives_the_same_numbers(tiny_vae, x, offload_type) -> None:
+def test_interop_group_offload_gives_the_same_numbers(tiny_vae, x, assert_close, offload_type) -> None:
     expected = reconstruct(tiny_vae, x)
 
     settings = {"num_blocks_per_group": 1} if offload_type == "block_level" else {}
     tiny_vae.enable_group_offload(onload_device=torch.device("cpu"), offload_type=offload_type, **settings)
 
-    assert torch.equal(reconstruct(tiny_vae, x), expected)
+    # hooked modules run plainly; worst seen 3.4e-6, 20 seeds
+    assert_close(reconstruct(tiny_vae, x), expected)
 
 
 def test_interop_layerwise_casting_stores_in_eight_bits(tiny_vae, x) -> None:

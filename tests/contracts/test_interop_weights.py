@@ -8,7 +8,7 @@ import torch
 from diffusers.training_utils import EMAModel
 from peft import LoraConfig
 
-from sd_vae import AutoencoderKL, UserError
+from sd_vae import AutoencoderKL, UserError, ops
 from sd_vae._diffusers import DiffusersAutoencoderKL
 
 LORA = {"r": 2, "target_modules": ["to_q", "conv1"], "init_lora_weights": False}
@@ -31,7 +31,7 @@ def test_interop_from_diffusers_shares_every_parameter(tiny_vae) -> None:
     assert len(shared) == len(dict(tiny_vae.named_parameters()))
 
 
-def test_interop_training_ours_trains_theirs(tiny_vae, x) -> None:
+def test_interop_training_ours_trains_theirs(tiny_vae, x, assert_close) -> None:
     theirs = tiny_vae.to_diffusers()
     before = copy.deepcopy(theirs.state_dict())
 
@@ -40,7 +40,8 @@ def test_interop_training_ours_trains_theirs(tiny_vae, x) -> None:
 
     assert not torch.equal(theirs.decoder.conv_out.weight, before["decoder.conv_out.weight"])
     with torch.no_grad():
-        assert torch.equal(theirs(x).sample, tiny_vae(x).sample)
+        # worst seen 2.7e-6, 20 seeds; weights kept from before the step would be far off
+        assert_close(tiny_vae(x).sample, theirs(x).sample)
 
 
 def test_interop_twin_keeps_dtype_device_mode_and_frozen_parameters(tiny_vae) -> None:
@@ -69,7 +70,8 @@ def test_interop_twin_keeps_a_scale_registered_over_a_default(tiny_vae) -> None:
 
 def test_interop_twin_of_fused_projections_has_them_apart(tiny_vae, x) -> None:
     with torch.no_grad():
-        expected = tiny_vae(x).sample
+        with ops.reference():  # what diffusers computes, bit for bit
+            expected = tiny_vae(x).sample
 
         tiny_vae.fuse_qkv_projections()
 
@@ -81,7 +83,7 @@ def test_interop_from_diffusers_rejects_another_type() -> None:
         AutoencoderKL.from_diffusers("stabilityai/sd-vae-ft-mse")
 
 
-def test_interop_lora_adapter_can_be_added_and_removed(tiny_vae, x) -> None:
+def test_interop_lora_adapter_can_be_added_and_removed(tiny_vae, x, assert_close) -> None:
     with torch.no_grad():
         plain = tiny_vae(x).sample
 
@@ -89,19 +91,20 @@ def test_interop_lora_adapter_can_be_added_and_removed(tiny_vae, x) -> None:
         adapted = tiny_vae(x).sample
         tiny_vae.disable_adapters()
 
-        assert not torch.equal(adapted, plain)
-        assert torch.equal(tiny_vae(x).sample, plain)
+        assert (adapted - plain).abs().max() > 1e-2 * plain.abs().max()
+        assert_close(tiny_vae(x).sample, plain)
         assert any("lora_A" in name for name in tiny_vae.state_dict())
 
 
-def test_interop_lora_adapter_equals_diffusers(tiny_vae, x) -> None:
+def test_interop_lora_adapter_equals_diffusers(tiny_vae, x, assert_close) -> None:
     theirs = copy.deepcopy(tiny_vae.to_diffusers())
     for vae in (tiny_vae, theirs):
         vae.add_adapter(LoraConfig(**LORA))
     theirs.load_state_dict(tiny_vae.state_dict())
 
     with torch.no_grad():
-        assert torch.equal(tiny_vae(x).sample, theirs(x).sample)
+        # worst seen 3.2e-6, 20 seeds
+        assert_close(tiny_vae(x).sample, theirs(x).sample)
 
 
 def test_interop_to_diffusers_rejects_a_model_with_adapters(tiny_vae) -> None:
