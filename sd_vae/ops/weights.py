@@ -67,17 +67,18 @@ def transformed(weight: Tensor, workspace: Workspace | None, *, keep: bool) -> P
     plain = weight.detach()
     if not keep:
         return _transform(plain, workspace)
-    key, mark = _key(weight), _fingerprint(plain)
+    key = _key(weight)
+    if key not in _kept and held_bytes() + weight.numel() * BYTES_PER_WEIGHT > _budget_bytes:
+        return _transform(plain, workspace)
+    mark = _fingerprint(plain)
     with _lock:
         found = _kept.get(key)
         if found is not None and found[0] == mark:
             return found[1]
         _discard(key)
-        if held_bytes() + weight.numel() * BYTES_PER_WEIGHT > _budget_bytes:
-            keep = False
-    points = _transform(plain, None if keep else workspace)
-    if keep:
-        with _lock:
+    points = _transform(plain, None)
+    with _lock:
+        if held_bytes() + points.nbytes <= _budget_bytes:
             _kept[key] = (mark, points)
             _owners[key] = weakref.ref(weight, lambda _: _discard(key))
     return points
