@@ -35,6 +35,7 @@ __all__ = [
     "Reject",
     "StoreDescription",
     "StoreDtype",
+    "affine_of",
     "latents_file",
     "leaves",
     "record_file",
@@ -226,10 +227,7 @@ class StoreDescription:
     @property
     def affine(self) -> tuple[list[float], list[float]]:
         """(offset, factor), one of each a channel: latents = (z - offset) * factor."""
-        config = self.vae
-        if config.latents_mean is not None and config.latents_std is not None:
-            return list(config.latents_mean), [config.scaling_factor / std for std in config.latents_std]
-        return [config.shift_factor or 0.0] * config.latent_channels, [config.scaling_factor] * config.latent_channels
+        return affine_of(self.vae)
 
     def differences(self, other: "StoreDescription") -> list[Difference]:
         """Return the fields whose values differ; those that only a decoder reads are left out."""
@@ -254,6 +252,13 @@ class StoreDescription:
             UserError: Unknown or missing fields, wrong types, broken rules, all at once.
         """
         return from_plain(cls, values, source=source)
+
+
+def affine_of(config: VAEConfig) -> tuple[list[float], list[float]]:
+    """Return (offset, factor) of a VAE, one of each a channel: latents = (z - offset) * factor."""
+    if config.latents_mean is not None and config.latents_std is not None:
+        return list(config.latents_mean), [config.scaling_factor / std for std in config.latents_std]
+    return [config.shift_factor or 0.0] * config.latent_channels, [config.scaling_factor] * config.latent_channels
 
 
 def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
