@@ -15,8 +15,10 @@ from sd_vae.ops import dispatch
 
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory is not measured: a process of its own takes seconds to start."""
+    """Memory is not measured, for a process of its own takes seconds to start; ceilings are measured in a hurry."""
     monkeypatch.setattr("sd_vae.benchmarking.comparison.peak_memory", lambda *_: 0.5)
+    monkeypatch.setattr("sd_vae.benchmarking.ceilings.MIN_SECONDS", 0.0)
+    monkeypatch.setattr("sd_vae.benchmarking.ceilings.MAX_SIDE", {"cpu": 256})
 
 
 @pytest.fixture

@@ -1,0 +1,126 @@
+"""The scripts in benchmarks/: what they compute, on tiny models; their times mean nothing here."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import plot_cost, speed, training_step
+from benchmarks.figures import Figure, all_met, append, to_markdown
+from sd_vae.autoencoder import AutoencoderKL
+from sd_vae.config import PRESETS
+from sd_vae.losses import LossConfig, Objective, PerceptualConfig
+
+
+def _figure(value: float | None, *, is_correct: bool = True) -> Figure:
+    return Figure(name="decode", value=value, must=2.0, aim=3.0, note="difference 1e-5", is_correct=is_correct)
+
+
+@pytest.mark.parametrize(
+    ("figure", "verdict"),
+    [
+        (_figure(None), "not run"),
+        (_figure(1.99), "MISSED"),
+        (_figure(2.0), "met, aim missed"),
+        (_figure(3.0), "met"),
+        (_figure(3.0, is_correct=False), "MISSED"),
+    ],
+)
+def test_figure_verdict(figure: Figure, verdict: str) -> None:
+    assert figure.verdict == verdict
+    assert f"| {verdict} |" in to_markdown([figure])
+
+
+def test_all_met_leaves_out_what_did_not_run() -> None:
+    assert all_met([_figure(2.5), _figure(None)]) is True
+    assert all_met([_figure(2.5), _figure(1.0)]) is False
+    assert all_met([_figure(None)]) is None
+
+
+def test_append_keeps_older_sections(tmp_path: Path) -> None:
+    path = tmp_path / "speed.md"
+
+    append(path, "# Speed\n", "| first |", "python -m benchmarks.speed")
+    append(path, "# Speed\n", "| second |", "python -m benchmarks.speed")
+
+    text = path.read_text()
+    assert text.count("# Speed\n") == 1
+    assert text.index("| first |") < text.index("| second |")
+    assert "cores" in text
+    assert "`python -m benchmarks.speed`" in text
+
+
+def test_speed_figures_hold_the_computed_difference(tiny_vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain_decode = tiny_vae._decode
+    monkeypatch.setattr(tiny_vae, "_decode", lambda z: plain_decode(z) * 1.5)
+
+    decode, encode = speed.measure_float32(tiny_vae, 16, 1, keep=False)
+
+    assert (decode.name, decode.is_correct, decode.met) == ("decode 16, fp32", False, False)
+    assert "difference 5.0e-01" in decode.note
+    assert encode.is_correct
+
+
+def test_speed_says_why_bfloat16_was_not_run(tiny_vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "lacks_bfloat16", lambda: "this CPU has neither")
+
+    figures = speed.measure_bfloat16(tiny_vae, 16, 1)
+
+    assert [(figure.value, figure.note) for figure in figures] == [(None, "this CPU has neither")] * 3
+
+
+def test_speed_measures_bfloat16_where_there_is_one(tiny_vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "lacks_bfloat16", lambda: None)
+
+    figures = speed.measure_bfloat16(tiny_vae, 16, 1)
+
+    assert all(figure.value is not None for figure in figures)
+    assert 20 < (figures[2].value or 0) < 100  # dB
+
+
+def test_psnr_is_of_the_range_of_the_reference() -> None:
+    reference = torch.tensor([0.0, 10.0])
+
+    assert speed.psnr_db(reference + 0.1, reference) == pytest.approx(40.0, abs=1e-3)
+
+
+def test_gradient_difference_is_of_the_largest_gradient() -> None:
+    theirs = {"a": torch.tensor([4.0]), "b": torch.tensor([1.0])}
+
+    assert training_step.gradient_difference({"a": torch.tensor([4.0]), "b": torch.tensor([2.0])}, theirs) == 0.25
+
+
+def test_training_step_gives_both_models_the_same_gradients(tiny_vae: AutoencoderKL) -> None:
+    objective = Objective(LossConfig(reconstruction="l1", perceptual=PerceptualConfig(weight=0.0)))
+    trainers = training_step._trainers(tiny_vae, objective, in_bfloat16=True)
+    x, noise = torch.rand(1, 3, 16, 16) * 2 - 1, torch.randn(1, 4, 8, 8)
+
+    gradients = {name: trainer.gradients(x, noise) for name, trainer in trainers.items()}
+
+    assert list(gradients) == ["ours", "diffusers", "ours, autocast", "diffusers, autocast, channels_last"]
+    # worst seen 2e-6
+    assert training_step.gradient_difference(gradients["ours"], gradients["diffusers"]) < 1e-4
+    assert training_step.gradient_difference(gradients["ours, autocast"], gradients["diffusers"]) > 1e-4
+
+
+def test_training_step_trains(tiny_vae: AutoencoderKL) -> None:
+    objective = Objective(LossConfig(reconstruction="l1", perceptual=PerceptualConfig(weight=0.0)))
+    trainer = training_step.Trainer(copy.deepcopy(tiny_vae), objective, autocast=False)
+
+    trainer.step(torch.rand(1, 3, 16, 16), torch.randn(1, 4, 8, 8))
+
+    assert not torch.equal(trainer.vae.decoder.conv_out.weight, tiny_vae.decoder.conv_out.weight)
+
+
+def test_plot_cost_counts_and_draws(tmp_path: Path) -> None:
+    seconds = {"sd-vae": 1.0, "diffusers": 3.0}
+    points = [plot_cost._point(PRESETS["mini"], 64, seconds), plot_cost._point(PRESETS["mini"], 128, {})]
+
+    plot_cost.draw(points, tmp_path / "cost.png")
+
+    assert 0 < points[0].attention["decode"] < points[1].attention["decode"] < 1
+    assert points[1].gflop["decode"] > 4 * points[0].gflop["decode"]
+    assert 1000 < (tmp_path / "cost.png").stat().st_size < 100_000
+    assert "| 64 | 1.00 | 3.00 |" in plot_cost.to_markdown(points)
+    assert "| 128 | - | - |" in plot_cost.to_markdown(points)
