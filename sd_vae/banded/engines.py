@@ -70,9 +70,13 @@ class TorchEngine:
         if self.storage.type == self.workspace.device.type:
             self.workspace.give(band)
 
+    def bring(self, rows: Tensor) -> Tensor:
+        """Return rows of a band where the arithmetic is done."""
+        return rows.to(self.device)
+
     def statistics(self, band: Tensor) -> Statistics:
         """Return what the GroupNorm that reads this band needs to know of it."""
-        return tensor_statistics(band.to(self.device), self.num_groups)
+        return tensor_statistics(self.bring(band), self.num_groups)
 
     def norm(self, source: Bands, norm: nn.GroupNorm) -> Norm:
         """Return the scale and shift that a GroupNorm over the whole map comes to."""
@@ -105,7 +109,7 @@ class TorchEngine:
         """Write rows of a 1x1 convolution."""
         row = 0
         for piece in source.pieces(start, stop):
-            x = piece.to(self.device).permute(2, 0, 1)[None]
+            x = self.bring(piece).permute(2, 0, 1)[None]
             _store(conv(x), out[row : row + len(piece)], add=False)
             row += len(piece)
 
@@ -131,7 +135,7 @@ class TorchEngine:
             window[:, source.width :] = 0
         for piece in source.pieces(first, last):
             target = window[row : row + len(piece), : source.width]
-            x = piece.to(self.device)
+            x = self.bring(piece)
             target.copy_(x if norm is None else F.silu(x * norm[0] + norm[1]))
             row += len(piece)
         window[row:] = 0

@@ -68,7 +68,12 @@ class Measure:
             return kind(workspace, device=x.device, **options)
         device = _execution_device(half, x)
         storage = torch.device("meta" if x.is_meta else "cpu") if self.spilled else device
-        return TorchEngine(
+        engine: type[TorchEngine] = TorchEngine
+        if self.spilled and x.is_meta:
+            from sd_vae.banded.planning import SpilledPlan
+
+            engine = SpilledPlan
+        return engine(
             workspace,
             device=device,
             storage=storage,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sd_vae.banded.bands import Bands
-from sd_vae.banded.engines import CompiledEngine, Norm, Prepared
+from sd_vae.banded.engines import CompiledEngine, Norm, Prepared, TorchEngine
 from sd_vae.config import VAEConfig
 from sd_vae.ops import dispatch
 from sd_vae.ops.groupnorm import Statistics
@@ -23,11 +25,16 @@ if TYPE_CHECKING:
     from sd_vae.autoencoder import AutoencoderKL
     from sd_vae.banded.measures import Action, Measure
 
-__all__ = ["PeakMemory", "PlannedEngine", "predict"]
+__all__ = ["PeakMemory", "PlannedEngine", "SpilledPlan", "predict"]
+
+_on_host: ContextVar[bool] = ContextVar("sd_vae_on_host", default=False)
 
 NOTHING = Statistics(*(torch.empty(0),) * 3)
-LIBRARY_BYTES = 0
-"""What numba and its compiled kernels take once, measured."""
+LIBRARY_BYTES = 86 * 2**20
+"""What numba and its compiled kernels take once in a process, measured with a picture of 8x8."""
+HEAP_BYTES = 45 * 2**20
+"""What a CPU process takes beside tensors: PyTorch's own, and freed blocks below 32 MiB that glibc keeps; measured at
+256x256, where it was 17 to 105."""
 
 
 class PeakMemory(TorchDispatchMode):
@@ -49,12 +56,16 @@ class PeakMemory(TorchDispatchMode):
         for leaf in [result] if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._count(leaf.untyped_storage())
+        if func is torch.ops.aten.convolution.default and dispatch.planned_device() == "cpu":
+            self.peak_bytes = max(self.peak_bytes, self._live_bytes + _reordered_bytes(*args[:2]))
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         if storage in self._seen:
             return
         self._seen.add(storage)
+        if _on_host.get():
+            return
         num_bytes = storage.nbytes()
         self._live_bytes += num_bytes
         self.peak_bytes = max(self.peak_bytes, self._live_bytes)
@@ -62,6 +73,16 @@ class PeakMemory(TorchDispatchMode):
 
     def _discount(self, num_bytes: int) -> None:
         self._live_bytes -= num_bytes
+
+
+def _reordered_bytes(x: Tensor, weight: Tensor) -> int:
+    """What oneDNN copies into layouts of its own for a convolution: the weights, and a source in NCHW; measured.
+
+    Half precision runs in channels_last, whatever the layout on "meta".
+    """
+    if x.dtype != torch.float32 or x.is_contiguous(memory_format=torch.channels_last):
+        return 2 * weight.nbytes if weight.shape[-1] > 1 else 0
+    return x.nbytes + weight.nbytes
 
 
 class PlannedEngine(CompiledEngine):
@@ -100,6 +121,27 @@ class PlannedEngine(CompiledEngine):
         self.workspace.scratch("winograd", (num_bytes,))
 
 
+class SpilledPlan(TorchEngine):
+    """PyTorch's engine with maps in host memory, which does not count: a GPU's budget is of its own."""
+
+    def take(self, num_rows: int, width: int, channels: int) -> Tensor:  # noqa: D102
+        with _uncounted():
+            return super().take(num_rows, width, channels)
+
+    def bring(self, rows: Tensor) -> Tensor:  # noqa: D102
+        return torch.empty_like(rows)  # on "meta" moving would copy nothing
+
+
+@contextmanager
+def _uncounted() -> Iterator[None]:
+    """What is made inside the block is not on the device that is planned for."""
+    token = _on_host.set(True)
+    try:
+        yield
+    finally:
+        _on_host.reset(token)
+
+
 @functools.lru_cache(maxsize=1024)
 def predict(
     config: str,
@@ -134,7 +176,8 @@ def predict(
             half(x)
         else:
             measure.run(half, action, x, keep_weights=False, num_groups=vae.config.norm_num_groups)
-    return memory.peak_bytes + (LIBRARY_BYTES if measure is not None and measure.compiled else 0)
+    libraries = LIBRARY_BYTES if measure is not None and measure.compiled else 0
+    return memory.peak_bytes + libraries + (HEAP_BYTES if device == "cpu" else 0)
 
 
 @functools.lru_cache(maxsize=8)

@@ -9,7 +9,7 @@ from banded_cases import BOUND, NARROW, TWO_LEVELS, draw, make_vae, plain, relat
 
 from sd_vae import PRESETS, plan_memory
 from sd_vae.banded.measures import CPU_BANDS, GIB, GPU_BANDS, Measure, choose_measure
-from sd_vae.banded.planning import LIBRARY_BYTES, predict
+from sd_vae.banded.planning import HEAP_BYTES, LIBRARY_BYTES, predict
 from sd_vae.config import VAEConfig
 from sd_vae.errors import UserError
 from sd_vae.ops import reference
@@ -47,9 +47,9 @@ def test_without_a_budget_the_largest_bands_are_taken() -> None:
 def test_budget_that_cannot_be_met_names_the_smallest_that_can() -> None:
     vae = make_vae()
     vae.enable_tiling(max_memory_gib=1e-4)
-    z = draw(vae, "decode", 128, 128)
+    z = draw(vae, "decode", 48, 64)
 
-    with pytest.raises(UserError, match=r"max_memory_gib is 0\.0001, and to decode 256x256 pixels takes at least") as e:
+    with pytest.raises(UserError, match=r"max_memory_gib is 0\.0001, and to decode 96x128 pixels takes at least") as e:
         run(vae, "decode", z)
 
     least = float(str(e.value).split("at least ")[1].split()[0])
@@ -98,14 +98,15 @@ def test_measures_on_a_gpu_keep_maps_there_first_and_in_host_memory_last() -> No
 
 
 def test_spilling_takes_less_of_the_gpu() -> None:
-    big = plan_memory(PRESETS["sd1"], 1024, 1024, torch.bfloat16, "cuda")
+    big = plan_memory(PRESETS["sd1"], 512, 512, torch.bfloat16, "cuda")
     kept, spilled = ([gib for name, gib in big.measures if ("host memory" in name) == there] for there in (False, True))
 
-    assert max(spilled) < min(kept)
+    assert all(there < here for there, here in zip(spilled, kept, strict=True))
+    assert spilled[-1] < 0.5 * kept[-1]
 
 
 def test_plan_of_tiling_is_below_half_of_the_untiled() -> None:
-    big = plan_memory(PRESETS["sd1"], 1024, 1024)
+    big = plan_memory(PRESETS["sd1"], 512, 768)
 
     assert big.banded_gib < 0.5 * big.untiled_gib
 
@@ -136,7 +137,8 @@ def test_plan_of_a_batch_holds_inputs_and_results_of_all(action) -> None:
     more = GIB * (three.banded_gib - one.banded_gib)
     picture = 256 * 256 * 3 * 4
     assert picture < more < 8 * picture
-    assert three.untiled_gib > 2.5 * one.untiled_gib
+    maps = one.untiled_gib * GIB - HEAP_BYTES
+    assert 2.5 * maps < three.untiled_gib * GIB - HEAP_BYTES < 3.5 * maps
 
 
 @pytest.mark.parametrize(
@@ -158,7 +160,7 @@ def test_plan_refuses(arguments, words) -> None:
 def test_plan_of_a_large_picture_allocates_nothing_large() -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-    found = plan_memory(VAEConfig.from_dict(PRESETS["sd1"].to_dict() | NARROW), 4096, 4096)
+    found = plan_memory(VAEConfig.from_dict(PRESETS["sd1"].to_dict() | NARROW), 1024, 1024)
 
     taken_gib = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
-    assert taken_gib < 0.25 < 1 < found.banded_gib
+    assert taken_gib < 0.1 < 0.3 < found.banded_gib
