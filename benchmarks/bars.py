@@ -120,6 +120,40 @@ def demo() -> Result:
     return Result(met=met, figure=figure)
 
 
+def banded_memory() -> Result:
+    """Row bands against diffusers untiled, fresh processes: decode 512 and 1024, encode 1024, decode 2048."""
+    if sys.platform != "linux":
+        return Result(met=None, figure="not run: reads resident memory from /proc, which needs Linux")
+    from benchmarks.memory import BASELINE, compare
+
+    musts = {("decode", 512): (0.5, 0.8), ("decode", 1024): (0.5, 0.75), ("encode", 1024): (0.8, 0.75)}
+    met, parts = True, []
+    for (task, size), (memory, seconds) in musts.items():
+        ours = compare(task, size, 3 if size == 512 else 1, (BASELINE, "ours tiling"))[1]
+        assert ours.memory_ratio is not None
+        assert ours.time_ratio is not None
+        assert ours.difference is not None
+        met &= ours.memory_ratio <= memory and ours.time_ratio <= seconds and ours.difference <= 1e-4
+        parts.append(
+            f"{task} {size}x{size} {ours.memory_ratio:.2f}x memory (bar {memory}), {ours.time_ratio:.2f}x time "
+            f"(bar {seconds}), difference {ours.difference:.1e} (bar 1e-4)"
+        )
+    large = compare("decode", 2048, 1, ("ours tiling",))[0]
+    parts.append(f"decode 2048x2048 {large.peak_gib:.2f} GiB (bar 6) in {large.seconds:.0f} s")
+    return Result(met=met and large.peak_gib <= 6, figure="; ".join(parts))
+
+
+def memory_plan() -> Result:
+    """`plan_memory` against resident memory on 12 combinations of size, batch and dtype, in bands and untiled."""
+    if sys.platform != "linux":
+        return Result(met=None, figure="not run: reads resident memory from /proc, which needs Linux")
+    from benchmarks.memory import PLAN_RUNS, plan_errors
+
+    errors = [abs(predicted / measured - 1) for _, measured, predicted in plan_errors()]
+    figure = f"largest error {max(errors):.0%} over {len(PLAN_RUNS)} combinations, each in bands and untiled (bar 15%)"
+    return Result(met=max(errors) <= 0.15, figure=figure)
+
+
 def cpu_speed() -> Result:
     """Decode and encode 512x512 against diffusers on the CPU: fp32 2.0x, 1.4x with its allocator tuned; bf16."""
     from benchmarks import speed
@@ -162,6 +196,8 @@ BARS: dict[str, Callable[[], Result]] = {
     "cpu_speed": cpu_speed,
     "training_step": training_step,
     "gpu_speed": gpu_speed,
+    "banded_memory": banded_memory,
+    "memory_plan": memory_plan,
 }
 
 
