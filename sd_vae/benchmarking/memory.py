@@ -76,9 +76,7 @@ def _peak_of_process(
 ) -> float | None:
     """`peak_memory` of a process that has run nothing else."""
     torch.set_num_threads(num_threads)
-    vae = AutoencoderKL(**config).eval()
-    if dtype != vae.dtype:
-        vae = vae.to(dtype)
+    vae = AutoencoderKL(**config).eval().type(dtype)
     call = caller(vae if way == "ours" else vae.to_diffusers(), action)
     before = _restart_high_water()
     if before is None:

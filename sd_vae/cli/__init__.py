@@ -19,6 +19,7 @@ COMMANDS = {
     "reconstruct": "encode and decode pictures, side by side and with metrics",
     "encode": "turn a data set of pictures into latents, by one process or many, and go on after a stop",
     "latents": "check, measure, look at and convert a store of latents",
+    "decode": "latents back to pictures, from a store or from what another trainer reads",
     "convert": "rewrite a checkpoint in another layout, verified by loading it back",
     "inspect": "what is in a checkpoint: layout, config, dtype, parameters, problems",
     "bench": "speed and memory beside diffusers on this machine, and which version of what runs",

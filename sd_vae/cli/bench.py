@@ -106,7 +106,8 @@ def _load(args: Args) -> AutoencoderKL:
     import torch
 
     dtype: Any = getattr(torch, args.dtype)
-    return sd_vae.AutoencoderKL.from_preset("sd1").eval().to(args.device, dtype)
+    # `type`, not `to`: diffusers' `to` warns about a change of dtype, which is harmless here.
+    return sd_vae.AutoencoderKL.from_preset("sd1").eval().type(dtype).to(args.device)
 
 
 def _measure(vae: AutoencoderKL, args: Args) -> tuple[Ceilings, list[Comparison], list[VersionsInUse]]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sd_vae import ops
 from sd_vae.ops import dispatch
 
-pytestmark = needs_compiled
+pytestmark = [needs_compiled, pytest.mark.usefixtures("any_size")]
 
 SIZES = [(16, 16), (11, 13), (1, 200), (64, 3)]
 BOUND = 2e-5  # worst seen 3e-6 over x, weight, bias and residual

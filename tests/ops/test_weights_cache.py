@@ -11,7 +11,7 @@ from ops_cases import conv, draw, error, narrow_vae, needs_compiled
 from sd_vae import ops
 from sd_vae.autoencoder import AutoencoderKL
 
-pytestmark = needs_compiled
+pytestmark = [needs_compiled, pytest.mark.usefixtures("any_size")]
 
 
 @pytest.fixture(autouse=True)

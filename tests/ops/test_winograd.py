@@ -15,16 +15,11 @@ from sd_vae.banded.engines import CompiledEngine
 from sd_vae.ops import dispatch
 from sd_vae.ops.workspace import Workspace
 
-pytestmark = needs_compiled
+pytestmark = [needs_compiled, pytest.mark.usefixtures("any_size")]
 
 # Rows and columns that 4x4 tiles cover, that they do not, single ones, and more tiles across than a block has.
 SIZES = [(1, 1), (1, 9), (9, 1), (2, 3), (3, 2), (4, 4), (5, 8), (7, 13), (16, 16), (18, 31), (3, 200), (40, 43)]
 BOUND = 2e-5  # worst seen 2.6e-6 over these cases and 300 random ones; the reference in fp32: 6e-7
-
-
-@pytest.fixture(autouse=True)
-def _any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "MIN_PIXELS", 0)
 
 
 def apply(x: Tensor, module: Any, residual: Tensor | None = None, *, double: bool = False) -> Tensor:
