@@ -261,7 +261,7 @@ import sys, torch
 sys.modules["numba"] = None
 import sd_vae
 from sd_vae.ops import dispatch
-vae = sd_vae.AutoencoderKL.from_preset("mini", block_out_channels=[32, 64, 64, 64]).eval()
+vae = sd_vae.AutoencoderKL.from_preset("mini", block_out_channels=[32, 32, 32, 32], norm_num_groups=8).eval()
 z = torch.randn(1, vae.config.latent_channels, 4, 4)
 with torch.no_grad():
     ours = vae.decode(z).sample

@@ -222,19 +222,19 @@ def resident():
 vae = narrow_vae()
 with torch.no_grad():
     for _ in range(3):
-        vae.decode(draw(1, 4, 96, 96))
-        vae.decode(draw(1, 4, 64, 96))
+        vae.decode(draw(1, 4, 48, 64))
+        vae.decode(draw(1, 4, 64, 48))
     before = resident()
-    for _ in range(8):
-        vae.decode(draw(1, 4, 96, 96))
-        vae.decode(draw(1, 4, 64, 96))
+    for _ in range(6):
+        vae.decode(draw(1, 4, 48, 64))
+        vae.decode(draw(1, 4, 64, 48))
 print(json.dumps(resident() - before))
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_an_idle_process_does_not_grow() -> None:
-    assert run_script(IDLE) < 8  # MiB; one decode's workspace is 30
+    assert run_script(IDLE) < 16  # MiB; seen -9 to 3, and one workspace is 30
 
 
 NARROW_VECTORS = """
