@@ -16,7 +16,86 @@ from .metrics import LatentStats, LatentSums, Metric
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Evaluation", "PhotoResult", "PhotoSize", "ReconPictures", "Row", "Speed", "photo_means"]
+__all__ = [
+    "Check",
+    "Comparison",
+    "Evaluation",
+    "Interval",
+    "PhotoResult",
+    "PhotoSize",
+    "Plot",
+    "ReconPictures",
+    "Reject",
+    "Row",
+    "Speed",
+    "photo_means",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """A number over photos and its bootstrap confidence interval."""
+
+    value: float
+    """The number, such as a mean over photos."""
+    low: float
+    """Lower end of the 95% interval."""
+    high: float
+    """Upper end of the 95% interval."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """One row against another in one metric, photo by photo."""
+
+    row: str
+    """The row that is judged."""
+    against: str
+    """The row that it is compared with."""
+    metric: str
+    """Metric name."""
+    difference: Interval
+    """Mean over photos of the row's value minus the other's."""
+    verdict: Literal["better", "worse", "not distinguishable"]
+    """What the interval says: it lies on the better side of 0, on the worse side, or holds 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plot:
+    """A metric over something else, one line a row: round trips, sizes, bits per pixel."""
+
+    title: str
+    """What the plot is about, such as `Repeated round trips`."""
+    x_label: str
+    """What is along x, with its unit."""
+    metric: str
+    """Metric name, along y."""
+    lines: Mapping[str, tuple[tuple[float, float], ...]]
+    """Row name to its (x, y) points, x ascending; one point is drawn as a mark."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """A question that was tried on a row, such as half precision against fp32 or tiled against untiled."""
+
+    title: str
+    """What was checked."""
+    row: str
+    """The row it was checked on."""
+    facts: Mapping[str, str]
+    """Name to value with unit."""
+    passed: bool
+    """Whether the stated bound holds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reject:
+    """A photo that could not be read."""
+
+    name: str
+    """Its name."""
+    reason: str
+    """Why, in a sentence."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +130,18 @@ class Row:
 
     name: str
     """The model's name, or `32x32 box average`."""
-    kind: Literal["vae", "box_average"]
+    kind: Literal["vae", "codec", "box_average"]
     """What it is."""
     means: Mapping[str, float]
     """Metric name to its mean over photos."""
+    intervals: Mapping[str, Interval] = field(default_factory=dict)
+    """Metric name to the same mean with its confidence interval."""
+    pooled: Mapping[str, float] = field(default_factory=dict)
+    """Numbers of the whole set that are no means over photos, such as the pooled PSNR and rFID."""
+    fingerprint: str | None = None
+    """sha256 of the model's weights; None for yardsticks."""
+    bits_per_pixel: float | None = None
+    """What a codec spent, or what the raw latents would take at 16 bits a value."""
     latents: LatentStats | None
     """Statistics of its raw latents, pooled over photos; None where there are none."""
     photos: tuple[PhotoResult, ...]
@@ -105,6 +192,16 @@ class Evaluation:
     """Photo name to row name to pictures, for the first photos only."""
     speed: Mapping[str, Speed] = field(default_factory=dict)
     """Model name to how long it took."""
+    protocol: Mapping[str, str] = field(default_factory=dict)
+    """Name, version and every setting of the protocol, and the fingerprints of data and feature weights."""
+    comparisons: tuple[Comparison, ...] = ()
+    """The first row against every other, in every metric that has a direction."""
+    plots: tuple[Plot, ...] = ()
+    """Round trips, sizes, rates."""
+    checks: tuple[Check, ...] = ()
+    """Half precision and tiling, where asked for."""
+    rejects: tuple[Reject, ...] = ()
+    """Photos that could not be read; no row counts them."""
 
     def row(self, name: str) -> Row:
         """Return the row of a name; KeyError where there is none."""
