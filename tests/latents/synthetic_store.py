@@ -100,8 +100,13 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def _kill_at(step: int) -> None:
-    """End this process with SIGKILL at its `step`-th look at the file system's writing calls, before the call."""
+def kill_at(step: int, *others: tuple[Any, str]) -> None:
+    """End this process with SIGKILL before its `step`-th call that changes the file system, or of one of the others.
+
+    Args:
+        step: From 1.
+        others: Object and name of the function.
+    """
     num_seen = 0
 
     def counted(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -114,17 +119,20 @@ def _kill_at(step: int) -> None:
 
         return wrapped
 
-    for name in ("fsync", "replace", "unlink", "chmod"):
-        setattr(os, name, counted(getattr(os, name)))
+    for owner, name in [*((os, name) for name in ("fsync", "replace", "unlink", "chmod")), *others]:
+        setattr(owner, name, counted(getattr(owner, name)))
 
 
-def _make_killed(folder: Path) -> None:
-    """Make FOLDER/1, FOLDER/2, ... each by a process that is killed one step later, until one has no such step."""
-    for step in range(1, 1000):
+def run_killed(make: Callable[[Path], Any], root: Path, stride: int, *others: tuple[Any, str]) -> None:
+    """Call make(root / "1"), make(root / "2"), ... each in a process that `kill_at` kills `stride` steps later.
+
+    Ends with the first that has no such step.
+    """
+    for number in range(1, 1000):
         child = os.fork()
         if not child:
-            _kill_at(step)
-            make(folder / str(step))
+            kill_at(number * stride, *others)
+            make(root / str(number))
             os._exit(0)
         status = os.waitpid(child, 0)[1]
         if status == 0:
@@ -137,7 +145,7 @@ if __name__ == "__main__":
     root, role = Path(sys.argv[1]), sys.argv[2]
     if role == "kill":
         make(root / "0")  # imports what the children would import each for itself
-        _make_killed(root)
+        run_killed(make, root, 1)
     else:
         store = LatentStore.create(root, describe())
         fill(store, store.unfinished(NUM_RECORDS)[int(role) :: int(sys.argv[3])])
