@@ -1,63 +1,31 @@
-"""The report: one HTML file that opens anywhere offline, and the same numbers as JSON.
+"""`write_report`: one HTML file that opens anywhere offline, the same numbers as JSON, and every photo's as CSV.
 
-Pictures stand inside the page. Photos are shrunk and compressed for it (WebP) after everything was measured on the
-originals; latents are kept to the pixel (PNG).
+The three are written from one `Evaluation`, whole or not at all, and are equal for equal evaluations: no date, no
+duration and no random name is in them. What the page looks like is in `eval.page`.
 """
 
 from __future__ import annotations
 
-import base64
-import dataclasses
+import csv
 import io
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from PIL import Image
-
+from sd_vae.errors import UserError
 from sd_vae.files import write_json, write_text
 
-from . import curves as charts
-from .metrics import METRICS
-from .pictures import ERROR_CEILING
+from . import page
+from .page import Figure, Section
 from .results import Evaluation
 
-__all__ = ["REPORT_VERSION", "Figure", "Section", "write_report"]
+__all__ = ["OWN", "REPORT_VERSION", "Figure", "Section", "write_report"]
 
 REPORT_VERSION = 1
 """Version of the layout of report.json."""
 
-MAX_SIDE = 768
-"""Pixels; larger pictures are shrunk to this inside the page."""
-
-QUALITY = 90
-"""WebP quality of photos inside the page."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Figure:
-    """A picture with words under it."""
-
-    picture: Image.Image
-    """Shown at most 768 pixels wide or high."""
-    caption: str
-    """What it shows, also for readers who do not see it."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Section:
-    """A part of the report that its writer adds: words, facts, pictures."""
-
-    title: str
-    """Heading."""
-    text: Sequence[str] = ()
-    """Paragraphs."""
-    facts: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Name to value, shown as a list."""
-    figures: Sequence[Figure] = ()
-    """Pictures; the JSON has their captions."""
+OWN = ("report.html", "report.json", "per_image.csv")
+"""The files that `write_report` writes."""
 
 
 def write_report(
@@ -69,8 +37,10 @@ def write_report(
     curves: Mapping[str, Sequence[tuple[int, float]]] | None = None,
     sections: Sequence[Section] = (),
     provenance: Mapping[str, str] | None = None,
+    worst: int = 6,
+    worst_by: str | None = None,
 ) -> None:
-    """Write `report.html` and `report.json`, each whole or not at all.
+    """Write `report.html`, `report.json` and `per_image.csv`, each whole or not at all.
 
     The same arguments give the same files, byte for byte: there is no date and no duration but what the caller passes.
 
@@ -82,31 +52,25 @@ def write_report(
         curves: Name to (step, value) points, such as losses.
         sections: Further parts, between the curves and the provenance.
         provenance: How the report came about: command, versions, seed, data.
+        worst: How many of the first row's worst photos stand in a gallery; 0 for none.
+        worst_by: Metric that says which are worst; None takes the first one that has a direction.
 
     Raises:
-        UserError: A curve is empty or not finite, or the folder cannot be written.
+        UserError: A curve is empty or not finite, `worst` is below 0, `worst_by` is no metric of the evaluation with a
+            direction, or the folder cannot be written.
     """
     curves, provenance = curves or {}, provenance or {}
-    environment = Environment(
-        loader=PackageLoader("eval"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    page = environment.get_template("report.html.j2").render(
+    if worst < 0:
+        raise UserError(f"worst is {worst} photos, it must be at least 0; 0 leaves the gallery out.")
+    html = page.render(
+        evaluation,
         title=title,
         summary=summary,
-        evaluation=evaluation,
-        primary=evaluation.rows[0],
-        values_per_latent=_values_per_latent(evaluation),
-        table_metrics=METRICS,
-        latent_metrics=[name for name in METRICS if name not in evaluation.metrics],
-        panels=[charts.panel(name, curve) for name, curve in curves.items()],
-        charts=charts,
+        curves=curves,
         sections=sections,
         provenance=provenance,
-        error_ceiling=ERROR_CEILING,
-        max_side=MAX_SIDE,
-        quality=QUALITY,
-        embed=_embed,
-        embed_exactly=_embed_exactly,
+        worst=worst,
+        worst_by=_worst_by(evaluation, worst_by),
     )
     numbers = {
         "format": "sd-vae report",
@@ -118,15 +82,35 @@ def write_report(
         "sections": [_section_to_dict(section) for section in sections],
         "provenance": dict(provenance),
     }
-    write_text(Path(out_dir) / "report.html", page)
+    write_text(Path(out_dir) / "report.html", html)
+    write_text(Path(out_dir) / "per_image.csv", per_image_csv(evaluation))
     write_json(Path(out_dir) / "report.json", numbers)
 
 
-def _values_per_latent(evaluation: Evaluation) -> float | None:
-    """How many pixel values one latent value of the first row stands for; None where that depends on the photo."""
-    photo, shape = evaluation.photos[0], evaluation.rows[0].photos[0].latent_shape
-    sizes = {(other.width, other.height) for other in evaluation.photos}
-    return None if shape is None or len(sizes) > 1 else 3 * photo.width * photo.height / math.prod(shape)
+def per_image_csv(evaluation: Evaluation) -> str:
+    """Return one line per photo and row: `photo`, `row`, `width`, `height`, then a column per metric.
+
+    Numbers have all their digits; infinity, such as the PSNR of equal pictures, is `inf`.
+    """
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["photo", "row", "width", "height", *evaluation.metrics])
+    for index, photo in enumerate(evaluation.photos):
+        for row in evaluation.rows:
+            metrics = row.photos[index].metrics
+            values = [repr(float(metrics[name])) for name in evaluation.metrics]
+            writer.writerow([photo.name, row.name, photo.width, photo.height, *values])
+    return table.getvalue()
+
+
+def _worst_by(evaluation: Evaluation, name: str | None) -> str | None:
+    """The metric that ranks photos, checked; None where no metric has a direction."""
+    ranking = [key for key, metric in evaluation.metrics.items() if metric.higher_is_better is not None]
+    if name is None:
+        return next(iter(ranking), None)
+    if name not in ranking:
+        raise UserError(f"photos cannot be ranked by {name!r}; choose one of: {', '.join(ranking)}.")
+    return name
 
 
 def _section_to_dict(section: Section) -> dict[str, Any]:
@@ -137,22 +121,3 @@ def _section_to_dict(section: Section) -> dict[str, Any]:
         "facts": dict(section.facts),
         "figures": [figure.caption for figure in section.figures],
     }
-
-
-def _embed(picture: Image.Image) -> str:
-    """A photo as a data URI, shrunk to `MAX_SIDE` and compressed."""
-    if max(picture.size) > MAX_SIDE:
-        picture = picture.copy()
-        picture.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
-    return _data_uri(picture, "webp", quality=QUALITY, method=6)
-
-
-def _embed_exactly(picture: Image.Image) -> str:
-    """A small picture as a data URI, every pixel kept."""
-    return _data_uri(picture, "png", optimize=True)
-
-
-def _data_uri(picture: Image.Image, kind: str, **options: Any) -> str:
-    buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"

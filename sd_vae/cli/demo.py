@@ -29,7 +29,7 @@ HELD_OUT = ("chelsea", "astronaut", "coffee")
 SIZE = 512
 """Side in pixels at which the held-out photos are evaluated: 64x64x4 latents."""
 
-OWN = ("photos", "run", "report.html", "report.json")
+OWN = ("photos", "run", "report.html", "report.json", "per_image.csv")
 """What the demo writes; a folder that holds anything else is never replaced."""
 
 

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 __all__ = ["Args", "output_stems", "run"]
 
 
+OWN = {"report.html", "report.json", "per_image.csv"}
+"""What stands in an output folder beside the pictures."""
+
 MAX_LISTED = 3
 """Pictures named in an error or in the report's origin."""
 
@@ -129,7 +132,7 @@ def _require_target(out: Path, *, overwrite: bool) -> None:
 
     names = {path.name for path in out.iterdir()} if out.is_dir() else set()
     pictures = {name for name in names if name.endswith(".png")} if "report.json" in names else set()
-    require_own_folder(out, {"report.html", "report.json"} | pictures, kind="a reconstruction", overwrite=overwrite)
+    require_own_folder(out, OWN | pictures, kind="a reconstruction", overwrite=overwrite)
 
 
 def _require_apart(out: Path, sources: Iterable[Path]) -> None:

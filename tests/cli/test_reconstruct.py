@@ -45,6 +45,7 @@ def test_reconstruct_writes_pictures_and_report(vae_folder, pictures, tmp_path, 
         "cat-2_compare.png",
         "cat.png",
         "cat_compare.png",
+        "per_image.csv",
         "report.html",
         "report.json",
     ]
@@ -103,7 +104,7 @@ def test_reconstruct_gives_the_same_report_again(vae_folder, pictures, tmp_path)
     for name in ("one", "two"):
         reconstruct(vae_folder, pictures, "--out", tmp_path / name)
 
-    for file in ("report.json", "report.html", "cat.png"):
+    for file in ("report.json", "report.html", "per_image.csv", "cat.png"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
 

@@ -1,4 +1,6 @@
 import base64
+import csv
+import hashlib
 import io
 import json
 from html.parser import HTMLParser
@@ -7,7 +9,8 @@ import pytest
 from PIL import Image
 
 from eval.evaluator import evaluate
-from eval.report import MAX_SIDE, Figure, Section, write_report
+from eval.page import MAX_SIDE
+from eval.report import OWN, Figure, Section, write_report
 from sd_vae.errors import UserError
 
 VOID = {"meta", "link", "img", "input", "line", "polyline", "br"}
@@ -89,18 +92,28 @@ def test_report_takes_nothing_from_elsewhere(write, tmp_path):
 
     links = [a[name] for _, a in page.tags for name in ("src", "href", "srcset", "data") if name in a]
     html = (tmp_path / "report" / "report.html").read_text()
-    assert all(link.startswith("data:") for link in links)
+    assert all(link.startswith(("data:", "#")) for link in links)
+    assert {link[1:] for link in links if link.startswith("#")} <= {a.get("id") for _, a in page.tags}
     assert "url(" not in html
     assert "@import" not in html
     assert "://" not in html
 
 
-def test_report_describes_every_picture_and_labels_every_slider(write):
+def test_report_describes_every_picture(write):
     page, _ = write()
 
     assert all(image["alt"] for image in page.all("img"))
-    assert all(slider["aria-label"] for slider in page.all("input"))
-    assert len(page.all("input")) == 2
+
+
+def test_report_forbids_scripts_but_its_own(write, tmp_path):
+    page, _ = write()
+
+    policy = next(a["content"] for a in page.all("meta") if a.get("http-equiv") == "Content-Security-Policy")
+    html = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    script = html.partition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert "default-src 'none'" in policy
+    assert f"script-src 'sha256-{digest}'" in policy
 
 
 def test_report_shows_every_number_in_its_format(write, evaluation):
@@ -125,7 +138,7 @@ def test_report_highlights_the_best_row_of_each_metric(write, evaluation):
 def test_report_says_that_it_shows_the_first_photos_only(write):
     page, _ = write()
 
-    assert "The first 2 of 3 photos are shown" in page.text
+    assert "2 of 3 photos are shown" in page.text
 
 
 def test_report_tells_the_latent_shape_where_all_photos_share_it(write, tiny_vae, photos):
@@ -163,7 +176,7 @@ def test_report_is_the_same_for_two_runs(write, tiny_vae, photos, perceptual, tm
     write()
     write(again, folder="again")
 
-    for name in ("report.html", "report.json"):
+    for name in OWN:
         assert (tmp_path / "report" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
@@ -211,3 +224,52 @@ def test_report_is_not_written_when_a_curve_is_broken(write, tmp_path):
         write(curves={"total": [(3, float("inf"))]})
 
     assert not (tmp_path / "report").exists()
+
+
+def test_report_lists_every_photo_and_row_as_csv(write, evaluation, tmp_path):
+    write()
+
+    with (tmp_path / "report" / "per_image.csv").open(newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    assert list(lines[0]) == ["photo", "row", "width", "height", *evaluation.metrics]
+    assert [(line["photo"], line["row"]) for line in lines] == [
+        (photo.name, row.name) for photo in evaluation.photos for row in evaluation.rows
+    ]
+    last = evaluation.rows[-1].photos[-1]
+    assert {name: float(lines[-1][name]) for name in evaluation.metrics} == last.metrics
+    assert (lines[0]["width"], lines[0]["height"]) == ("37", "25")
+
+
+def test_report_csv_keeps_names_with_commas_quotes_and_line_ends(write, tiny_vae, photos, tmp_path):
+    name = 'a, "b"\nc'
+
+    write(evaluate([tiny_vae], {name: photos["cat"]}))
+
+    with (tmp_path / "report" / "per_image.csv").open(newline="", encoding="utf-8") as file:
+        assert next(csv.DictReader(file))["photo"] == name
+
+
+def test_report_writes_the_files_that_it_names(write, tmp_path):
+    write()
+
+    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == sorted(OWN)
+
+
+def test_report_refuses_a_negative_gallery(write):
+    with pytest.raises(UserError, match="worst is -1 photos, it must be at least 0"):
+        write(worst=-1)
+
+
+def test_report_refuses_to_rank_by_what_has_no_direction(write):
+    with pytest.raises(UserError, match="cannot be ranked by 'kl'; choose one of: psnr_db, ssim, mean_difference"):
+        write(worst_by="kl")
+
+
+def test_report_shows_the_worst_photos_worst_first(write, evaluation):
+    page, _ = write(worst=2, worst_by="ssim")
+
+    values = {photo.name: photo.metrics["ssim"] for photo in evaluation.rows[0].photos}
+    worst = sorted(values, key=values.__getitem__)[:2]
+    gallery = page.text.partition("Where it does worst")[2].partition("How photos differ")[0]
+    assert gallery.index(worst[0]) < gallery.index(worst[1])
+    assert sum(name in gallery for name in values) == 2
