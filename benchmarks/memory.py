@@ -1,4 +1,4 @@
-"""Memory and time of encode and decode beside diffusers on a CPU: `python -m benchmarks.memory`, minutes.
+"""Memory and time of encode and decode beside diffusers on a CPU: `python -m benchmarks.memory`, ten minutes a round.
 
 Every run is a process of its own: it builds the model (sd1, random weights, the same every time), notes its resident
 memory, encodes or decodes once, and reports by how much the kernel's high-water mark lies above what was noted, so
@@ -6,6 +6,7 @@ whatever the first call brings along, libraries and compiled kernels among it, i
 ways take turns; a ratio is the median over the turns of a way's figure against diffusers untiled in the same turn.
 
 `--plan` measures other sizes, batches and dtypes than the table's against what `sd_vae.plan_memory` says of them.
+Complete tables are appended to benchmarks/memory.md.
 """
 
 import argparse
@@ -25,7 +26,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.figures import append
+
 ROOT = Path(__file__).resolve().parents[1]
+TABLE = ROOT / "benchmarks" / "memory.md"
+HEAD = """# Memory
+
+Appended by `python -m benchmarks.memory`; the newest run is last. Peaks are resident memory above the loaded weights,
+each of a fresh process; "memory" and "time" are fractions of diffusers untiled, medians of the ratios within a round;
+"difference" is the largest to diffusers untiled, of the largest magnitude. Random weights of `sd1`.
+"""
 GIB = 2**30
 BASELINE = "diffusers"
 WAYS = (BASELINE, "diffusers tiling", "ours tiling")
@@ -222,19 +232,25 @@ def main(argv: list[str]) -> int:
     if options.run is not None:
         print(json.dumps(asdict(perform(Run(**options.run), options.result))))
         return 0
+    command = " ".join(["python -m benchmarks.memory", *argv])
     if options.plan:
-        print("| run | way | measured GiB | predicted GiB | error |\n|---|---|--:|--:|--:|")
+        lines = ["| run | way | measured GiB | predicted GiB | error |", "|---|---|--:|--:|--:|"]
         for run, measured, predicted in plan_errors():
             size = f"{run.task} {run.batch_size} x {run.height}x{run.width} {run.dtype}"
             error = predicted / measured - 1
-            print(f"| {size} | {run.way} | {measured:.3f} | {predicted:.3f} | {error:+.0%} |", flush=True)
+            lines.append(f"| {size} | {run.way} | {measured:.3f} | {predicted:.3f} | {error:+.0%} |")
+            print(lines[-1], flush=True)
+        append(TABLE, HEAD, "\n".join(lines), command)
         return 0
     rows: list[Row] = []
     for name in options.tasks:
         task, _, size = name.partition(":")
         ways = tuple(way for way in options.ways if int(size) < TOO_LARGE or way.startswith("ours"))
         rows += compare(task, int(size), options.rounds, ways)
-    print(to_markdown(rows))
+    table = to_markdown(rows)
+    print(table)
+    if options.tasks == parser.get_default("tasks") and set(options.ways) == set(WAYS):
+        append(TABLE, HEAD, table, command)
     return 0
 
 
