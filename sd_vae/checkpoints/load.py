@@ -15,6 +15,7 @@ from sd_vae.checkpoints.keymap import Key, key_table
 from sd_vae.checkpoints.layouts import Location, config_of_file, locate, read_config
 from sd_vae.config import VAEConfig
 from sd_vae.errors import UserError
+from sd_vae.weights import SHIPPED, shipped_folder
 
 if TYPE_CHECKING:
     import torch
@@ -116,7 +117,8 @@ def load_vae(
     which only the VAE is read. Nothing in a pickle is executed; what was left out of one is logged.
 
     Args:
-        path: Folder, file or hub id (`owner/name`).
+        path: Folder, file, hub id (`owner/name`), or the name of weights that ship (`mini`); a path of that name on the
+            disk comes first.
         config: A `VAEConfig`, a preset's name, a `config.json` or its folder; by default what lies beside the weights,
             else what their shapes show, which is logged.
         dtype: float32 (the default), float16 or bfloat16.
@@ -171,9 +173,7 @@ def open_checkpoint(
 
 def _open(place: Path, given: VAEConfig | None) -> Checkpoint:
     if not place.exists():
-        if not _HUB_ID.fullmatch(str(place)):
-            raise UserError(f"there is nothing at {place}; check the path, or give a hub id as owner/name.")
-        place = _fetch(str(place))
+        place = _resolve_name(str(place))
     if place.is_dir():
         folder = _vae_folder(place, has_config=given is not None)
         weights = _weights_in(folder)
@@ -184,6 +184,18 @@ def _open(place: Path, given: VAEConfig | None) -> Checkpoint:
         location = locate(weights)
         config, source = (given, "the caller") if given else config_of_file(weights, location)
     return _match(weights, location, config, source)
+
+
+def _resolve_name(name: str) -> Path:
+    """The folder behind a name that is no path: of weights that ship, or of a hub repository's local copy."""
+    if name in SHIPPED:
+        return shipped_folder(name)
+    if not _HUB_ID.fullmatch(name):
+        raise UserError(
+            f"there is nothing at {name}; check the path, or give a hub id as owner/name or a VAE that ships: "
+            f"{', '.join(SHIPPED)}."
+        )
+    return _fetch(name)
 
 
 def _match(weights: WeightFile, location: Location, config: VAEConfig, config_source: str) -> Checkpoint:
