@@ -12,13 +12,15 @@ shape and no memory, and counts.
 from __future__ import annotations
 
 import warnings
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
 from sd_vae.banded.measures import Measure, MemoryPlan, choose_measure, plan_memory
+from sd_vae.errors import UserError
 from sd_vae.ops import dispatch, forget_weights
-from sd_vae.ops.modules import hooked, pads_zeros
+from sd_vae.ops.modules import hooked, pads_zeros, watched
 
 if TYPE_CHECKING:
     from sd_vae.autoencoder import AutoencoderKL
@@ -54,7 +56,16 @@ class ExactTiling:
             max_memory_gib: Memory that a call may take above the loaded weights, in GiB, for one picture at a time.
                 The first measure that fits is taken: larger bands, smaller bands, on a GPU bands kept in host memory.
                 None takes bands of the default size. A call whose picture cannot fit raises before it allocates.
+
+        Raises:
+            UserError: `use_tiling` is no switch, or the budget no positive number.
         """
+        if not isinstance(use_tiling, bool):
+            raise UserError(f"use_tiling is {use_tiling!r}, it must be True or False; a budget is max_memory_gib=1.5.")
+        if max_memory_gib is not None and not _is_positive(max_memory_gib):
+            raise UserError(
+                f"max_memory_gib is {max_memory_gib!r}, it must be a positive number of GiB, or None for no budget."
+            )
         self.use_tiling = use_tiling
         self.max_memory_gib = max_memory_gib if use_tiling else None
 
@@ -77,6 +88,11 @@ class ExactTiling:
             return run(self)
         finally:
             self.use_tiling = before
+
+
+def _is_positive(number: object) -> bool:
+    """Whether this is a number above zero; NaN is none, and neither is True."""
+    return isinstance(number, Real) and not isinstance(number, bool) and float(number) > 0
 
 
 def in_bands(vae: AutoencoderKL, action: Literal["encode", "decode"], x: Tensor) -> Tensor | None:
@@ -129,16 +145,25 @@ def _cannot(half: nn.Module, x: Tensor) -> str | None:
             return f"{name} does not pad with zeros"
         if name.endswith("nonlinearity") and not isinstance(module, nn.SiLU):
             return f"{name} is {type(module).__name__}, and bands are written for SiLU"
+        if not _is_called(name) and watched(module):
+            return f"{name or 'the model'} has a hook, which bands would pass by"
     return None
+
+
+def _is_called(name: str) -> bool:
+    """Whether bands call a module of this name, or what holds it: convolutions and attention, and nothing else."""
+    return any(
+        part == "attentions" or (part.startswith("conv") and part != "conv_norm_out") for part in name.split(".")
+    )
 
 
 def _is_not_faster(half: nn.Module, x: Tensor) -> str | None:
     """Why bands would gain nothing, or would pass by something that hangs on a module's call."""
     if reason := dispatch.opaque(x) or dispatch.not_compiled(x):
         return reason
-    watched = next((name for name, module in half.named_modules() if hooked(module)), None)
-    if watched is not None:
-        return f"{watched or 'the model'} has a hook"
+    with_hook = next((name for name, module in half.named_modules() if hooked(module)), None)
+    if with_hook is not None:
+        return f"{with_hook or 'the model'} has a hook"
     if next(half.parameters()).dtype != x.dtype:
         return "the weights have another dtype"
     return None

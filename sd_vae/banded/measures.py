@@ -7,7 +7,9 @@ while every allocation is counted; only the compiled kernels are replaced, by th
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -96,7 +98,7 @@ class MemoryPlan:
 
 
 def plan_memory(
-    config: VAEConfig,
+    config: VAEConfig | Mapping[str, Any],
     height: int,
     width: int,
     dtype: torch.dtype = torch.float32,
@@ -108,7 +110,7 @@ def plan_memory(
     """Return what encoding or decoding pictures of height x width pixels will take; nothing of that size is allocated.
 
     Args:
-        config: The architecture.
+        config: The architecture; `vae.config` will do.
         height: Pixels, a multiple of the factor.
         width: Likewise.
         dtype: Of weights and activations.
@@ -117,19 +119,26 @@ def plan_memory(
         batch_size: Pictures in the call. Bands are of one at a time; untiled, all are in memory at once.
 
     Raises:
-        UserError: A size that the factor does not divide, a dtype that is not a float, or no picture.
+        UserError: Not a config, a size that the factor does not divide, a dtype that is not a float, an unknown device
+            or action, or no picture.
     """
     from sd_vae.banded.planning import predict
 
-    if height <= 0 or width <= 0 or height % config.factor or width % config.factor:
+    if not isinstance(config, VAEConfig):
+        if not isinstance(config, Mapping):
+            raise UserError(f"config is {config!r}, it must be a VAEConfig; take vae.config or PRESETS['sd1'].")
+        config = VAEConfig.from_dict(config, source="config")
+    if not all(isinstance(side, Integral) and side > 0 and side % config.factor == 0 for side in (height, width)):
         raise UserError(
-            f"image size {height}x{width} is not a positive multiple of {config.factor} in both directions."
+            f"image size {height}x{width} is not a whole positive multiple of {config.factor} in both directions."
         )
-    if not dtype.is_floating_point:
-        raise UserError(f"dtype is {dtype}, it must be a float type such as torch.float32.")
-    if batch_size < 1:
-        raise UserError(f"batch_size is {batch_size}, it must be at least 1.")
-    kind = torch.device(device).type
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UserError(f"dtype is {dtype!r}, it must be a float type such as torch.float32.")
+    if action not in ("encode", "decode"):
+        raise UserError(f"unknown action {action!r}; choose encode or decode.")
+    if not isinstance(batch_size, Integral) or batch_size < 1:
+        raise UserError(f"batch_size is {batch_size!r}, it must be a whole number of at least 1.")
+    kind = _device_kind(device)
     text = json.dumps(config.to_dict(), sort_keys=True)
     measures = _measures(kind, compiled=dtype == torch.float32 and not _no_kernels())
     taken = [predict(text, action, batch_size, height, width, dtype, kind, measure) for measure in measures]
@@ -138,6 +147,17 @@ def plan_memory(
         banded_gib=taken[0] / GIB,
         measures=tuple((str(measure), num_bytes / GIB) for measure, num_bytes in zip(measures, taken, strict=True)),
     )
+
+
+def _device_kind(device: str | torch.device) -> str:
+    """Type of a device that maps can live on."""
+    try:
+        kind = torch.device(device).type
+    except (RuntimeError, TypeError):
+        kind = "meta"
+    if kind == "meta":
+        raise UserError(f"device is {device!r}, it must be one such as cpu or cuda.")
+    return kind
 
 
 def choose_measure(vae: AutoencoderKL, action: Action, x: Tensor) -> Measure:

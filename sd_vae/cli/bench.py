@@ -30,10 +30,11 @@ class Args:
     """
 
     vae: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="VAE")] = None
-    """VAE to run: a folder, a file or a hub id; by default the sd1 architecture with random weights, which are as fast
-    as any."""
+    """VAE to run: a folder, a file or a hub id; by default the sd1 architecture, or that of --config, with random
+    weights, which are as fast as any."""
     config: str | None = None
-    """Architecture where nothing beside a file tells: a config.json, its folder, or a preset."""
+    """Architecture of a file beside which nothing tells, or of the random weights: a config.json, its folder, or a
+    preset."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to run."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -81,7 +82,7 @@ def run(argv: list[str]) -> None:
     ceilings, comparisons, versions = _measure(vae, args)
     if args.json:
         found = {
-            "vae": args.vae or "sd1, random weights",
+            "vae": args.vae or f"{args.config or 'sd1'}, random weights",
             "device": _device_name(args),
             "dtype": args.dtype,
             "num_threads": torch.get_num_threads(),
@@ -105,9 +106,12 @@ def _load(args: Args) -> AutoencoderKL:
         return sd_vae.load_vae(args.vae, args.config, dtype=args.dtype, device=args.device)
     import torch
 
+    from sd_vae.checkpoints.layouts import read_config
+
+    vae = sd_vae.AutoencoderKL(**read_config(args.config or "sd1").to_dict())
     dtype: Any = getattr(torch, args.dtype)
     # `type`, not `to`: diffusers' `to` warns about a change of dtype, which is harmless here.
-    return sd_vae.AutoencoderKL.from_preset("sd1").eval().type(dtype).to(args.device)
+    return vae.eval().type(dtype).to(args.device)
 
 
 def _measure(vae: AutoencoderKL, args: Args) -> tuple[Ceilings, list[Comparison], list[VersionsInUse]]:
@@ -148,7 +152,7 @@ def _device_name(args: Args) -> str:
 
 def _print_comparisons(args: Args, ceilings: Ceilings, comparisons: list[Comparison]) -> None:
     """The table, and what its figures are measured by."""
-    subject = args.vae or "sd1 with random weights (no slower or faster than others)"
+    subject = args.vae or f"{args.config or 'sd1'} with random weights (no slower or faster than others)"
     rows = []
     for found in comparisons:
         for name, side, faster in (("sd-vae", found.ours, f"{found.speedup:.2f}x"), ("diffusers", found.diffusers, "")):

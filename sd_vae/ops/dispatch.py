@@ -89,8 +89,9 @@ def reference_is_forced() -> bool:
 @functools.cache
 def compiled_unavailable() -> str | None:
     """Why the compiled CPU kernels cannot run on this machine; None where they can."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return f"the compiled kernels are for x86-64, not {platform.machine()}"
+    system, machine = platform.system(), platform.machine()
+    if (system, machine) != ("Linux", "x86_64"):
+        return f"the compiled kernels are for Linux on x86_64, not {system} on {machine}"
     if importlib.util.find_spec("numba") is None:
         return 'numba is not installed; pip install "sd-vae[fast]"'
     try:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["hooked", "is_plain", "onloaded", "pads_zeros"]
+__all__ = ["hooked", "is_plain", "onloaded", "pads_zeros", "watched"]
 
 
 def is_plain(module: Any, kind: type[nn.Module]) -> bool:
@@ -35,6 +35,17 @@ def hooked(module: nn.Module) -> bool:
         or nn.modules.module._global_forward_pre_hooks
         or nn.modules.module._global_backward_hooks
         or nn.modules.module._global_backward_pre_hooks
+    )
+
+
+def watched(module: nn.Module) -> bool:
+    """Whether a forward hook or another forward waits for the module's call, the offloader of `onloaded` left out."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or ("forward" in module.__dict__ and not hasattr(module, "_hf_hook"))
+        or nn.modules.module._global_forward_hooks
+        or nn.modules.module._global_forward_pre_hooks
     )
 
 

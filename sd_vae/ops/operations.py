@@ -16,7 +16,7 @@ from sd_vae.ops import dispatch
 __all__ = ["attention", "conv1x1", "conv3x3", "downsample_conv", "group_norm_silu", "lay_out", "upsample_conv"]
 
 SILU = nn.SiLU()
-_statistics_of_sums = WeakTensorKeyDictionary()  # gone with the sum
+_statistics_of_sums = WeakTensorKeyDictionary()  # with the sum's version; gone with the sum
 MAX_SCORE_BYTES = 2 * 2**30
 """Attention scores held at once where the backend holds them all."""
 
@@ -48,7 +48,7 @@ def group_norm_silu(x: Tensor, norm: nn.Module, nonlinearity: nn.Module = SILU) 
             group_norm.num_groups,
             group_norm.eps,
             silu=True,
-            statistics=_statistics_of_sums.get(x),
+            statistics=_known_statistics(x),
         )
     if choice.version == "compiled":
         from sd_vae.ops import compiled
@@ -83,8 +83,15 @@ def _add(residual: Tensor, h: Tensor) -> Tensor:
     from sd_vae.ops import triton_norm
 
     total, statistics = triton_norm.add_with_statistics(h, residual)
-    _statistics_of_sums[total] = statistics
+    if not total.is_inference():  # such a tensor does not count its changes
+        _statistics_of_sums[total] = (statistics, total._version)
     return total
+
+
+def _known_statistics(x: Tensor) -> Any:
+    """What the pass that made x found, where nobody, such as a hook, has changed x in place since; None otherwise."""
+    statistics, version = _statistics_of_sums.get(x, (None, None))
+    return statistics if statistics is not None and version == x._version else None
 
 
 def conv1x1(x: Tensor, conv: nn.Module) -> Tensor:
@@ -143,9 +150,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     pieces = -(-q.shape[2] * row_bytes // MAX_SCORE_BYTES)
     if q.is_meta and device != "meta":
         # Where memory is planned: what the device would hold, and not what "meta" would.
-        q.new_empty(0 if device == "cpu" else q.shape[2] * row_bytes // pieces, dtype=torch.uint8)
+        _scores = q.new_empty(0 if device == "cpu" else q.shape[2] * row_bytes // pieces, dtype=torch.uint8)
         return torch.empty_like(q)
     if device == "cpu" or pieces <= 1 or torch.compiler.is_compiling():
         return F.scaled_dot_product_attention(q, k, v)
-    parts = [F.scaled_dot_product_attention(part, k, v) for part in q.chunk(pieces, dim=2)]
-    return torch.cat(parts, dim=2)
+    return _attend_in_pieces(q, k, v, pieces)
+
+
+def _attend_in_pieces(q: Tensor, k: Tensor, v: Tensor, count: int) -> Tensor:
+    """Attention of some queries after the others, each to all keys."""
+    return torch.cat([F.scaled_dot_product_attention(part, k, v) for part in q.chunk(count, dim=2)], dim=2)

@@ -90,6 +90,18 @@ def test_tiling_off_forgets_the_budget() -> None:
     )
 
 
+@pytest.mark.parametrize("budget", [0, -1.0, float("nan"), True, "2", 1 + 1j])
+def test_enable_tiling_refuses_a_budget_that_is_no_positive_number(budget) -> None:
+    with pytest.raises(UserError, match=r"max_memory_gib is .*, it must be a positive number of GiB, or None for no b"):
+        make_vae().enable_tiling(max_memory_gib=budget)
+
+
+@pytest.mark.parametrize("switch", [1.5, "yes", None])
+def test_enable_tiling_refuses_a_budget_in_place_of_the_switch(switch) -> None:
+    with pytest.raises(UserError, match=r"use_tiling is .*, it must be True or False; a budget is max_memory_gib=1\.5"):
+        make_vae().enable_tiling(switch)
+
+
 def test_measures_on_a_gpu_keep_maps_there_first_and_in_host_memory_last() -> None:
     found = [name for name, _ in plan("cuda").measures]
 
@@ -144,17 +156,29 @@ def test_plan_of_a_batch_holds_inputs_and_results_of_all(action) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"height": 255}, "image size 255x256 is not a positive multiple of 2 in both directions."),
-        ({"width": 0}, "image size 256x0 is not a positive multiple of 2 in both directions."),
+        ({"height": 255}, "image size 255x256 is not a whole positive multiple of 2 in both directions."),
+        ({"width": 0}, "image size 256x0 is not a whole positive multiple of 2 in both directions."),
+        ({"width": 2.0}, "image size 256x2.0 is not a whole positive multiple of 2 in both directions."),
         ({"dtype": torch.int8}, "dtype is torch.int8, it must be a float type such as torch.float32."),
-        ({"batch_size": 0}, "batch_size is 0, it must be at least 1."),
+        ({"dtype": "float16"}, "dtype is 'float16', it must be a float type such as torch.float32."),
+        ({"device": "gpu"}, "device is 'gpu', it must be one such as cpu or cuda."),
+        ({"device": "meta"}, "device is 'meta', it must be one such as cpu or cuda."),
+        ({"device": None}, "device is None, it must be one such as cpu or cuda."),
+        ({"action": "train"}, "unknown action 'train'; choose encode or decode."),
+        ({"batch_size": 0}, "batch_size is 0, it must be a whole number of at least 1."),
+        ({"batch_size": 1.5}, "batch_size is 1.5, it must be a whole number of at least 1."),
+        ({"config": "sd1"}, "config is 'sd1', it must be a VAEConfig; take vae.config or PRESETS['sd1']."),
     ],
 )
 def test_plan_refuses(arguments, words) -> None:
     with pytest.raises(UserError) as error:
-        plan_memory(CONFIG, **{"height": 256, "width": 256} | arguments)
+        plan_memory(**{"config": CONFIG, "height": 256, "width": 256} | arguments)
 
     assert str(error.value) == words
+
+
+def test_plan_takes_the_config_of_a_model() -> None:
+    assert plan_memory(make_vae().config, *SIZE) == plan()
 
 
 def test_plan_of_a_large_picture_allocates_nothing_large() -> None:

@@ -164,6 +164,31 @@ def test_bands_run_hooks_of_convolutions(action) -> None:
         assert relative(in_measure(vae, action, x, measure), plain_half(vae, action, x)) <= BOUND
 
 
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+@pytest.mark.parametrize("name", ["decoder", "decoder.mid_block.resnets.0", "decoder.up_blocks.0.resnets.0.norm2"])
+def test_tiling_with_a_hook_that_bands_would_pass_by_warns_and_runs_untiled(name, register) -> None:
+    vae, seen = make_vae(), []
+    vae.enable_tiling()
+    getattr(vae.get_submodule(name), register)(lambda *_: seen.append(name))
+
+    with pytest.warns(UserWarning, match="decode runs untiled although tiling is on: .* has a hook, which bands would"):
+        run(vae, "decode", draw(vae, "decode", 3, 3))
+
+    assert seen == [name]
+
+
+def test_tiling_with_a_replaced_forward_warns_and_runs_untiled() -> None:
+    vae = make_vae()
+    vae.enable_tiling()
+    resnet = vae.decoder.mid_block.resnets[0]
+    resnet.forward = lambda x: 2 * x
+
+    with pytest.warns(UserWarning, match=r"mid_block\.resnets\.0 has a hook"):
+        ours = run(vae, "decode", draw(vae, "decode", 3, 3))
+
+    assert relative(ours, plain(vae, "decode", draw(vae, "decode", 3, 3))) <= BOUND
+
+
 @pytest.mark.parametrize("action", ACTIONS)
 @pytest.mark.parametrize("measure", PLAIN, ids=str)
 def test_bands_in_float64_are_exact(action, measure) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import plot_cost, speed, training_step
+from benchmarks import gpu, memory, plot_cost, speed, training_step
 from benchmarks.figures import Figure, all_met, append, to_markdown
+from benchmarks.memory import Outcome, Run
 from sd_vae.autoencoder import AutoencoderKL
 from sd_vae.config import PRESETS
 from sd_vae.losses import LossConfig, Objective, PerceptualConfig
@@ -124,3 +125,67 @@ def test_plot_cost_counts_and_draws(tmp_path: Path) -> None:
     assert 1000 < (tmp_path / "cost.png").stat().st_size < 100_000
     assert "| 64 | 1.00 | 3.00 |" in plot_cost.to_markdown(points)
     assert "| 128 | - | - |" in plot_cost.to_markdown(points)
+
+
+def test_memory_compares_within_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    outcomes = iter([(4.0, 10.0), (1.0, 5.0), (8.0, 40.0), (4.0, 10.0), (4.0, 10.0), (1.0, 8.0)])
+
+    def measure(run: Run, result: Path) -> Outcome:
+        torch.save(torch.tensor([1.0, 2.0 if run.way == memory.BASELINE else 2.5]), result)
+        peak_gib, seconds = next(outcomes)
+        return Outcome(peak_gib=peak_gib, seconds=seconds)
+
+    monkeypatch.setattr(memory, "measure", measure)
+
+    theirs, ours = memory.compare("decode", 64, 3, (memory.BASELINE, "ours tiling"))
+
+    assert (theirs.memory_ratio, theirs.time_ratio, theirs.difference) == (1.0, 1.0, 0.0)
+    assert (ours.memory_ratio, ours.time_ratio, ours.difference) == (0.25, 0.5, 0.25)
+    assert "| decode 64x64 | ours tiling | 1.000 | 0.25x | 8.0 | 0.50x | 2.5e-01 |" in memory.to_markdown([ours])
+
+
+def test_memory_without_the_baseline_has_no_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(run: Run, result: Path) -> Outcome:
+        torch.save(torch.ones(2), result)
+        return Outcome(peak_gib=5.5, seconds=60.0)
+
+    monkeypatch.setattr(memory, "measure", measure)
+
+    (ours,) = memory.compare("decode", 2048, 1, ("ours tiling",))
+
+    assert "| decode 2048x2048 | ours tiling | 5.500 | - | 60.0 | - | - |" in memory.to_markdown([ours])
+
+
+def test_memory_says_how_a_run_ended() -> None:
+    with pytest.raises(RuntimeError, match=r"(?s)task='sleep'.* ended with 1: .*AttributeError"):
+        memory.measure(Run(way="diffusers tiling", task="sleep", height=-8, width=8, dtype="float17"))
+
+
+def test_memory_needs_the_fields_that_linux_has() -> None:
+    with pytest.raises(RuntimeError, match=r"/proc/self/status has no VmNothing; this needs Linux\."):
+        memory._memory_bytes("VmNothing")
+
+
+def test_plan_runs_are_twelve_that_differ() -> None:
+    assert len(set(memory.PLAN_RUNS)) == 12
+    assert {(run.task, run.dtype) for run in memory.PLAN_RUNS} == {
+        (task, dtype) for task in ("encode", "decode") for dtype in ("float32", "bfloat16")
+    }
+
+
+def test_gpu_measures_every_way_against_the_compiled_baseline(tiny_vae: AutoencoderKL) -> None:
+    with torch.no_grad():
+        rows = gpu.measure(tiny_vae, "decode", 16, 1, rounds=2)
+
+    assert [row.way for row in rows] == ["ours", "ours compiled", "diffusers", gpu.BASELINE]
+    assert rows[-1].speedup == 1.0
+    assert all(row.difference < 1e-4 for row in rows)  # worst seen 1e-6
+    assert all((row.floor, row.memory_gib) == (None, None) for row in rows)
+    assert f"| decode | 16x16 | 1 | {gpu.BASELINE} |" in gpu.to_markdown(rows)
+
+
+def test_gpu_needs_one(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    assert gpu.main([]) == 2
+    assert "needs a CUDA device, and there is none" in capsys.readouterr().err

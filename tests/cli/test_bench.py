@@ -26,6 +26,7 @@ def without_numba(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A machine on which numba is not installed."""
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "numba" else find_spec(name))
+    monkeypatch.setattr("platform.system", lambda: "Linux")
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     dispatch.compiled_unavailable.cache_clear()
     yield
@@ -83,6 +84,15 @@ def test_bench_without_a_vae_runs_sd1() -> None:
     args = bench.Args()
 
     assert (args.vae, args.sizes, args.action, args.device, args.dtype) == (None, (256, 512), "both", "cpu", "float32")
+
+
+def test_bench_without_a_vae_runs_the_architecture_of_the_config(tmp_path: Path, tiny_vae: AutoencoderKL) -> None:
+    tiny_vae.save_config(tmp_path)
+
+    vae = bench._load(bench.Args(config=str(tmp_path), dtype="bfloat16"))
+
+    assert tuple(vae.config.block_out_channels) == (8, 16)
+    assert (vae.dtype, vae.training) == (torch.bfloat16, False)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """Random feature maps, modules and models for the tests of the compiled operations, and the error that they measure."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sd_vae.autoencoder import AutoencoderKL
 from sd_vae.ops import dispatch
@@ -24,6 +26,14 @@ needs_compiled = pytest.mark.skipif(
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def fake_map(**changes: Any) -> torch.Tensor:
+    """A map on a GPU that need not exist: shape, dtype and format without values."""
+    facts = {"shape": (2, 12, 5, 7), "dtype": torch.float16, "device": "cuda", "format": torch.channels_last} | changes
+    with FakeTensorMode():
+        x = torch.empty(facts["shape"], dtype=facts["dtype"], device=facts["device"])
+        return x.contiguous(memory_format=facts["format"]) if x.dim() == 4 else x
 
 
 def conv(num_in: int, num_out: int, *, seed: int = 0, size: int = 3, stride: int = 1) -> nn.Conv2d:

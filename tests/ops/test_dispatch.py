@@ -142,6 +142,16 @@ def test_choose_upsample_folds_where_the_kernels_cannot_run() -> None:
     assert "x is bfloat16 on cpu" in choices[1].why
 
 
+@needs_compiled
+def test_choose_conv3x3_wants_more_work_where_gradients_are_recorded() -> None:
+    x, module = draw(1, 64, 128, 128), conv(64, 64)  # 1.2e9 operations, between the two thresholds
+
+    frozen, trained = three(x, module), three(x, conv(64, 64).requires_grad_())
+
+    assert (frozen.version, trained.version) == ("compiled", "reference")
+    assert trained.why == "(1, 64, 128, 128) is too small to gain"
+
+
 def test_choose_downsample_has_no_gradient() -> None:
     choice = dispatch.choose_downsample(draw(*X), conv(32, 32, stride=2).requires_grad_())
 
@@ -240,10 +250,15 @@ def test_compiled_unavailable_names_a_missing_numba(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.usefixtures("_fresh_answer")
-def test_compiled_unavailable_names_another_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch.platform, "machine", lambda: "arm64")
+@pytest.mark.parametrize(("system", "machine"), [("Darwin", "arm64"), ("Darwin", "x86_64"), ("Windows", "AMD64")])
+def test_compiled_unavailable_names_another_platform(
+    monkeypatch: pytest.MonkeyPatch, system: str, machine: str
+) -> None:
+    monkeypatch.setattr(dispatch.platform, "system", lambda: system)
+    monkeypatch.setattr(dispatch.platform, "machine", lambda: machine)
 
-    assert dispatch.compiled_unavailable() == "the compiled kernels are for x86-64, not arm64"
+    expected = f"the compiled kernels are for Linux on x86_64, not {system} on {machine}"
+    assert dispatch.compiled_unavailable() == expected
 
 
 @needs_compiled

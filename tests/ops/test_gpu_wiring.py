@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from ops_cases import fake_map
 from torch import nn
 
 from sd_vae.ops import dispatch, operations, triton_norm
@@ -21,6 +22,7 @@ def kernels(monkeypatch) -> dict[str, int]:
 
     def group_norm_silu(x, weight, bias, num_groups, eps, *, silu, statistics):
         launches["norm"] += 1
+        assert silu
         if statistics is not None:
             launches["known"] += 1
             assert torch.equal(statistics, x.mean())
@@ -34,7 +36,7 @@ def kernels(monkeypatch) -> dict[str, int]:
 
 
 def test_norm_takes_the_statistics_of_the_sum_before_it(kernels) -> None:
-    norm, conv = nn.GroupNorm(4, 8), nn.Conv2d(8, 8, 3, padding=1)
+    norm, conv = nn.GroupNorm(4, 8, eps=0.3), nn.Conv2d(8, 8, 3, padding=1)
     x, residual = torch.randn(2, 1, 8, 5, 5).unbind(0)
 
     total = operations.conv3x3(x, conv, residual=residual)
@@ -53,6 +55,27 @@ def test_norm_of_anything_else_takes_its_own_statistics(kernels) -> None:
     assert kernels == {"add": 0, "norm": 1, "known": 0}
 
 
+def test_norm_of_a_sum_that_was_changed_in_place_takes_its_own_statistics(kernels) -> None:
+    x, residual = torch.randn(2, 1, 8, 5, 5).unbind(0)
+    with torch.no_grad():
+        total = operations.conv3x3(x, nn.Conv2d(8, 8, 3, padding=1), residual=residual)
+
+        total.mul_(2)  # as a hook may
+        operations.group_norm_silu(total, nn.GroupNorm(4, 8))
+
+    assert kernels == {"add": 1, "norm": 1, "known": 0}
+
+
+def test_sums_that_do_not_count_their_changes_bring_no_statistics(kernels) -> None:
+    x, residual = torch.randn(2, 1, 8, 5, 5).unbind(0)
+
+    with torch.inference_mode():
+        total = operations.conv3x3(x, nn.Conv2d(8, 8, 3, padding=1), residual=residual)
+        operations.group_norm_silu(total, nn.GroupNorm(4, 8))
+
+    assert kernels == {"add": 1, "norm": 1, "known": 0}
+
+
 def test_statistics_go_with_their_sum(kernels) -> None:
     total = operations.conv3x3(torch.randn(1, 8, 5, 5), nn.Conv2d(8, 8, 3, padding=1), residual=torch.randn(1, 8, 5, 5))
     assert total in operations._statistics_of_sums
@@ -60,6 +83,44 @@ def test_statistics_go_with_their_sum(kernels) -> None:
     del total
 
     assert not operations._statistics_of_sums
+
+
+@pytest.fixture
+def _on_a_gpu(ampere, monkeypatch) -> None:
+    """Maps that are stood in for are taken for real ones."""
+    monkeypatch.setattr(dispatch, "opaque", lambda _: None)
+
+
+@pytest.mark.usefixtures("_on_a_gpu")
+@pytest.mark.parametrize(
+    ("residual", "why"),
+    [
+        ({}, "on a GPU, channels_last, no gradients"),
+        ({"dtype": torch.float32}, "the residual is torch.float32, h is torch.float16"),
+        ({"format": torch.contiguous_format}, "x is not channels_last"),
+    ],
+)
+@torch.no_grad()
+def test_choose_sum_on_a_gpu_looks_at_both(residual, why: str) -> None:
+    choice = dispatch.choose_sum(fake_map(**residual), fake_map())
+
+    assert choice == dispatch.Choice("reference" if residual else "triton", why)
+
+
+@pytest.mark.usefixtures("_on_a_gpu")
+@pytest.mark.parametrize(
+    ("changes", "grad", "why"),
+    [
+        ({}, False, "on a GPU, channels_last, no gradients"),
+        ({}, True, "gradients are on, and the kernels have none"),
+        ({"shape": (2, 10, 5, 7)}, False, "10 channels do not divide into 4 groups"),
+    ],
+)
+def test_choose_norm_on_a_gpu_asks_the_kernels(changes, grad: bool, why: str) -> None:
+    with torch.set_grad_enabled(grad):
+        choice = dispatch.choose_norm(fake_map(**changes), nn.GroupNorm(4, 12), nn.SiLU())
+
+    assert choice == dispatch.Choice("triton" if why.startswith("on a GPU") else "reference", why)
 
 
 def test_sum_on_a_cpu_is_plain() -> None:

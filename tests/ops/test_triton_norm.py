@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from ops_cases import fake_map
 
 from sd_vae.ops import triton_norm
 
@@ -71,20 +71,6 @@ def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
     compiled = run_cases("compile", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
 
     assert len(compiled) == 6
-
-
-def fake_map(**changes: Any) -> torch.Tensor:
-    """A map on a GPU that need not exist: shape, dtype and format without values."""
-    facts = {"shape": (2, 12, 5, 7), "dtype": torch.float16, "device": "cuda", "format": torch.channels_last} | changes
-    with FakeTensorMode():
-        x = torch.empty(facts["shape"], dtype=facts["dtype"], device=facts["device"])
-        return x.contiguous(memory_format=facts["format"]) if x.dim() == 4 else x
-
-
-@pytest.fixture
-def ampere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
-    monkeypatch.setattr(triton_norm, "_triton_is_installed", lambda: True)
 
 
 @pytest.mark.usefixtures("ampere")
