@@ -1,19 +1,19 @@
-"""What is measured, and in which convention: one table of metrics, pictures compared by scikit-image, latents by sums.
+"""What is measured, and in which convention: one table of metrics, and the functions that compare two pictures.
 
 Pictures are compared as a viewer sees them, as 8-bit RGB after clamping and rounding. Every number is float64, belongs
 to one photo, and is averaged over photos afterwards: the PSNR of a set is the mean of its photos' PSNRs (as papers on
-autoencoders report it), not the PSNR of the pooled squared error. Latents are described by sums that add up exactly in
-any order.
+autoencoders report it); the PSNR of the pooled squared error stands beside it under its own name. Formulae are those of
+scikit-image, SciPy and torchmetrics.
 
-Shapes: H W pixels, C latent channels, h w latent cells.
+Shapes: H W pixels.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from skimage.metrics import structural_similarity
@@ -23,12 +23,31 @@ from sd_vae.errors import UserError
 if TYPE_CHECKING:
     from PIL import Image
 
-    from sd_vae._diffusers import DiagonalGaussianDistribution
+__all__ = [
+    "METRICS",
+    "MIN_SIZE",
+    "Metric",
+    "SsimWindow",
+    "float_pixels",
+    "l1",
+    "mean_squared_error",
+    "ms_ssim",
+    "perceptual_metric",
+    "pooled_psnr_db",
+    "psnr_db",
+    "ssim",
+]
 
-__all__ = ["METRICS", "LatentStats", "LatentSums", "Metric", "perceptual_metric", "psnr_db", "ssim"]
+SsimWindow = Literal["gaussian-11", "uniform-7"]
+"""gaussian-11: 11 pixels, sigma 1.5, population covariance, as in the paper. uniform-7: scikit-image's default."""
 
-SSIM_WINDOW = 11
-"""Pixels across the Gaussian window, sigma 1.5 cut at 3.5 sigma."""
+SSIM_OPTIONS: dict[SsimWindow, dict[str, Any]] = {
+    "gaussian-11": {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False},
+    "uniform-7": {"win_size": 7, "use_sample_covariance": True},
+}
+
+MIN_SIZE = {"ssim": 11, "ms_ssim": 161, "lpips_vgg": 16, "lpips_alex": 31, "lpips_squeeze": 17}
+"""Pixels that both sides need for a metric: its window on its coarsest scale, its network's last feature map."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +58,8 @@ class Metric:
     """Name in tables."""
     unit: str = ""
     """Unit, empty for a pure number."""
+    range: str = ""
+    """Values that it can have, and where it is perfect."""
     higher_is_better: bool | None = None
     """None where neither direction is better."""
     digits: int
@@ -54,50 +75,150 @@ class Metric:
 
     def format(self, value: float) -> str:
         """Return a value as tables show it."""
+        if math.isnan(value):
+            return "–"
         if math.isinf(value):
             return "∞" if value > 0 else "−∞"
         return f"{value:.{self.digits}f}".replace("-", "−")
 
 
-METRICS: dict[str, Metric] = {
-    "psnr_db": Metric(
-        label="PSNR",
-        unit="dB",
-        higher_is_better=True,
-        digits=2,
-        about="Peak signal-to-noise ratio of 8-bit RGB, 10 log10(255² / mean squared error); mean of the photos' own.",
-    ),
-    "ssim": Metric(
-        label="SSIM",
-        higher_is_better=True,
-        digits=4,
-        about="Structural similarity of 8-bit RGB, Gaussian window of 11 pixels (sigma 1.5), mean over channels.",
-    ),
-    "kl_per_element": Metric(
-        label="KL per element",
-        unit="nats",
-        digits=3,
-        about="KL divergence of the posterior from N(0, I), mean over latent elements.",
-    ),
-    "latent_mean": Metric(label="Latent mean", digits=4, about="Mean of the raw latents z."),
-    "latent_std": Metric(label="Latent std", digits=4, about="Standard deviation of the raw latents z."),
-    "scaling_factor": Metric(
-        label="Estimated scaling factor",
-        digits=5,
-        about="1 / standard deviation of the raw latents: the factor that gives latents unit variance.",
-    ),
-}
-"""Every metric but the perceptual term, which brings its own name: see `perceptual_metric`."""
-
-
 def perceptual_metric(name: str) -> Metric:
-    """Return the table entry of a perceptual distance, called by its own name."""
+    """Return the table entry of a perceptual distance that is in no table, called by its own name."""
     return Metric(
         label=name,
         higher_is_better=False,
         digits=4,
         about="Perceptual distance, of the 8-bit pictures; 0 for equal ones.",
     )
+
+
+def _lpips(net: str) -> Metric:
+    return Metric(
+        label=f"LPIPS {net}",
+        range="0 and up, 0 for equal pictures",
+        higher_is_better=False,
+        digits=4,
+        about=f"Distance of {net} features with the heads of the lpips package, version 0.1, of the 8-bit pictures.",
+    )
+
+
+def _frechet(label: str, features: str) -> Metric:
+    return Metric(
+        label=label,
+        range="0 and up, 0 for equal statistics; biased upwards by few photos",
+        higher_is_better=False,
+        digits=3,
+        about=f"Fréchet distance of all reconstructions to all photos in {features}; one number for the whole set.",
+    )
+
+
+METRICS: dict[str, Metric] = {
+    "psnr_db": Metric(
+        label="PSNR",
+        unit="dB",
+        range="0 and up, ∞ for equal pictures",
+        higher_is_better=True,
+        digits=2,
+        about="Peak signal-to-noise ratio of 8-bit RGB, 10 log10(255² / mean squared error); mean of the photos' own.",
+    ),
+    "ssim": Metric(
+        label="SSIM",
+        range="−1 to 1, 1 for equal pictures",
+        higher_is_better=True,
+        digits=4,
+        about="Structural similarity of 8-bit RGB, mean over positions and channels; the protocol says which window.",
+    ),
+    "ms_ssim": Metric(
+        label="MS-SSIM",
+        range="0 to 1, 1 for equal pictures",
+        higher_is_better=True,
+        digits=4,
+        about="Structural similarity over five scales, Gaussian window of 11 pixels (sigma 1.5), of 8-bit RGB.",
+    ),
+    "lpips_vgg": _lpips("vgg"),
+    "lpips_alex": _lpips("alex"),
+    "lpips_squeeze": _lpips("squeeze"),
+    "l1": Metric(
+        label="L1",
+        unit="levels",
+        range="0 to 255, 0 for equal pictures",
+        higher_is_better=False,
+        digits=3,
+        about="Mean absolute difference of 8-bit RGB.",
+    ),
+    "ciede2000": Metric(
+        label="CIEDE2000",
+        range="0 to about 120, 0 for equal pictures; 1 is just noticeable",
+        higher_is_better=False,
+        digits=3,
+        about="Colour difference of each pixel in CIELAB (sRGB, D65), mean over pixels.",
+    ),
+    "colour_shift": Metric(
+        label="Colour shift",
+        range="0 to about 120, 0 for equal mean colours; 1 is just noticeable",
+        higher_is_better=False,
+        digits=3,
+        about="CIEDE2000 between the mean colours of reconstruction and photo: a cast over the whole picture.",
+    ),
+    "gradient_retention": Metric(
+        label="Gradient retention",
+        range="any, 1 for equal pictures, below 1 where edges are softer",
+        digits=4,
+        about="How much of the photo's brightness gradient (Sobel) the reconstruction has; noise does not count.",
+    ),
+    "hf_energy_ratio": Metric(
+        label="High-frequency energy",
+        range="0 and up, 1 for equal pictures; below 1 detail is lost, above 1 noise is added",
+        digits=4,
+        about="Energy of brightness above a quarter cycle per pixel, reconstruction over photo.",
+    ),
+    "pooled_psnr_db": Metric(
+        label="Pooled PSNR",
+        unit="dB",
+        range="0 and up, ∞ for equal pictures",
+        higher_is_better=True,
+        digits=2,
+        about="10 log10(255² / mean squared error over all photos, each counted once); never above the mean PSNR.",
+    ),
+    "rfid": _frechet("rFID", "the 2048 pooled features of torch-fidelity's Inception"),
+    "frechet_vgg": _frechet("Fréchet vgg", "the mean last features of VGG16"),
+    "frechet_alex": _frechet("Fréchet alex", "the mean last features of AlexNet"),
+    "frechet_squeeze": _frechet("Fréchet squeeze", "the mean last features of SqueezeNet 1.1"),
+    "kl_per_element": Metric(
+        label="KL per element",
+        unit="nats",
+        range="0 and up",
+        digits=3,
+        about="KL divergence of the posterior from N(0, I), mean over latent elements.",
+    ),
+    "active_units": Metric(
+        label="Active channels",
+        range="0 to the number of channels",
+        digits=0,
+        about="Latent channels whose posterior mean varies over cells and photos by a variance of more than 0.01.",
+    ),
+    "latent_mean": Metric(label="Latent mean", range="any", digits=4, about="Mean of the raw latents z."),
+    "latent_std": Metric(
+        label="Latent std", range="0 and up", digits=4, about="Standard deviation of the raw latents z."
+    ),
+    "scaling_factor": Metric(
+        label="Estimated scaling factor",
+        range="0 and up",
+        digits=5,
+        about="1 / standard deviation of the raw latents: the factor that gives latents unit variance.",
+    ),
+}
+"""Every metric but a perceptual term of the caller's own: see `perceptual_metric`."""
+
+
+def mean_squared_error(recon: Image.Image, x: Image.Image) -> float:
+    """Return the mean squared difference of 8-bit RGB pictures, over H, W, RGB, in squared levels.
+
+    Raises:
+        UserError: The sizes differ.
+    """
+    a, b = float_pixels(recon, x)
+    return float(np.mean(np.square(a - b)))
 
 
 def psnr_db(recon: Image.Image, x: Image.Image) -> float:
@@ -108,115 +229,87 @@ def psnr_db(recon: Image.Image, x: Image.Image) -> float:
     Raises:
         UserError: The sizes differ.
     """
-    a, b = _pixels(recon, x)
-    mse = float(np.mean(np.square(a - b)))
-    return 10.0 * math.log10(255.0**2 / mse) if mse else math.inf
+    return _decibel(mean_squared_error(recon, x))
 
 
-def ssim(recon: Image.Image, x: Image.Image) -> float:
+def pooled_psnr_db(psnrs_db: Iterable[float]) -> float:
+    """Return the PSNR in dB of a set's mean squared error, from the photos' own PSNRs."""
+    errors = [0.0 if math.isinf(psnr) else 255.0**2 / 10.0 ** (psnr / 10.0) for psnr in psnrs_db]
+    return _decibel(math.fsum(errors) / len(errors))
+
+
+def ssim(recon: Image.Image, x: Image.Image, window: SsimWindow = "gaussian-11") -> float:
     """Return the structural similarity of 8-bit RGB pictures, 1 for equal ones, mean over positions and RGB.
 
-    The convention of the paper, as scikit-image spells it: Gaussian window of 11 pixels with sigma 1.5, population
-    covariance, data range 255, K1 = 0.01, K2 = 0.03, positions whose window leaves the picture left out.
+    As scikit-image spells it, with data range 255, K1 = 0.01, K2 = 0.03, positions whose window leaves the picture left
+    out.
+
+    Args:
+        recon: Reconstruction.
+        x: Photo.
+        window: gaussian-11 is the convention of the paper: sigma 1.5 and population covariance. uniform-7 is what
+            scikit-image does by default: 7 pixels of equal weight and sample covariance.
 
     Raises:
         UserError: The sizes differ, or a side is below 11 pixels.
 
     Source: Wang et al., "Image quality assessment", IEEE TIP 13(4), 2004.
     """
-    a, b = _pixels(recon, x)
-    height, width = a.shape[:2]
-    if min(height, width) < SSIM_WINDOW:
+    a, b = float_pixels(recon, x)
+    _require_size("ssim", x)
+    return float(structural_similarity(a, b, channel_axis=2, data_range=255.0, **SSIM_OPTIONS[window]))
+
+
+def ms_ssim(recon: Image.Image, x: Image.Image) -> float:
+    """Return the multi-scale structural similarity of 8-bit RGB pictures, 1 for equal ones, by torchmetrics.
+
+    Five scales with the paper's exponents, Gaussian window of 11 pixels with sigma 1.5, data range 255, negative
+    similarities cut off at 0.
+
+    Raises:
+        UserError: The sizes differ, or a side is below 161 pixels.
+
+    Source: Wang, Simoncelli and Bovik, "Multi-scale structural similarity", Asilomar 2003.
+    """
+    import torch
+    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
+
+    a, b = (torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous() for pixels in float_pixels(recon, x))
+    _require_size("ms_ssim", x)
+    return float(multiscale_structural_similarity_index_measure(a, b, data_range=255.0, normalize="relu"))
+
+
+def l1(recon: Image.Image, x: Image.Image) -> float:
+    """Return the mean absolute difference of 8-bit RGB pictures in levels, 0 to 255.
+
+    Raises:
+        UserError: The sizes differ.
+    """
+    a, b = float_pixels(recon, x)
+    return float(np.mean(np.abs(a - b)))
+
+
+def _decibel(mse: float) -> float:
+    return 10.0 * math.log10(255.0**2 / mse) if mse else math.inf
+
+
+def _require_size(metric: str, x: Image.Image) -> None:
+    if min(x.size) < MIN_SIZE[metric]:
         raise UserError(
-            f"SSIM needs pictures of at least {SSIM_WINDOW}x{SSIM_WINDOW} pixels, this one has {width}x{height}; "
-            "leave it out or resize it."
+            f"{METRICS[metric].label} needs pictures of at least {MIN_SIZE[metric]}x{MIN_SIZE[metric]} pixels, "
+            f"this one has {x.width}x{x.height}; leave it out or resize it."
         )
-    return float(
-        structural_similarity(
-            a, b, channel_axis=2, data_range=255.0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
-        )
-    )
 
 
-def _pixels(recon: Image.Image, x: Image.Image) -> tuple[np.ndarray, np.ndarray]:
-    """Both pictures as float64 (H, W, 3) in 0..255."""
+def float_pixels(recon: Image.Image, x: Image.Image) -> tuple[np.ndarray, np.ndarray]:
+    """Return both pictures as float64 (H, W, 3) in 0..255.
+
+    Raises:
+        UserError: The sizes differ.
+    """
     if recon.size != x.size:
         raise UserError(
             f"pictures of {recon.width}x{recon.height} and {x.width}x{x.height} cannot be compared; "
             "crop or resize one to the other."
         )
     return np.asarray(recon.convert("RGB"), np.float64), np.asarray(x.convert("RGB"), np.float64)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LatentSums:
-    """What one photo's posterior adds to the statistics of latents."""
-
-    num_cells: int
-    """Latent cells, h * w."""
-    z: tuple[float, ...]
-    """Sum of E[z] over cells, one value a channel."""
-    z_squared: tuple[float, ...]
-    """Sum of E[z^2] = mean^2 + var over cells, one value a channel."""
-    kl: float
-    """KL to N(0, I) in nats, summed over channels and cells."""
-
-    @classmethod
-    def of(cls, posterior: DiagonalGaussianDistribution) -> LatentSums:
-        """Return the sums of a posterior over one photo, (1, C, h, w), taken in float64 on the CPU."""
-        from sd_vae.posterior import DiagonalGaussian
-
-        exact = DiagonalGaussian(posterior.parameters.detach().to("cpu").double())
-        return cls(
-            num_cells=exact.mean.shape[-2] * exact.mean.shape[-1],
-            z=tuple(exact.mean.sum(dim=(0, 2, 3)).tolist()),
-            z_squared=tuple((exact.mean.square() + exact.var).sum(dim=(0, 2, 3)).tolist()),
-            kl=float(exact.kl_map().sum()),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class LatentStats:
-    """Raw latents z ~ q(z|x) over a set of photos, every latent cell counted once.
-
-    Moments of the sampled z without sampling: E[z^2] holds the posterior's own variance, so the result has no noise.
-    """
-
-    mean: float
-    """Mean of all elements."""
-    std: float
-    """Standard deviation of all elements around `mean`."""
-    channel_mean: tuple[float, ...]
-    """Mean of each channel."""
-    channel_std: tuple[float, ...]
-    """Standard deviation of each channel."""
-    kl_per_element: float
-    """KL to N(0, I) in nats, mean over all elements."""
-    scaling_factor: float
-    """1 / std, which gives the scaled latents unit variance; how latent diffusion models choose theirs."""
-
-    @classmethod
-    def pooled(cls, sums: Sequence[LatentSums]) -> LatentStats:
-        """Return the statistics over photos, the same to the last bit in whatever order they come."""
-        num_cells = sum(part.num_cells for part in sums)
-        first = [math.fsum(channel) / num_cells for channel in zip(*(part.z for part in sums), strict=True)]
-        second = [math.fsum(channel) / num_cells for channel in zip(*(part.z_squared for part in sums), strict=True)]
-        mean, mean_square = math.fsum(first) / len(first), math.fsum(second) / len(second)
-        std = math.sqrt(max(mean_square - mean**2, 0.0))
-        return cls(
-            mean=mean,
-            std=std,
-            channel_mean=tuple(first),
-            channel_std=tuple(math.sqrt(max(b - a**2, 0.0)) for a, b in zip(first, second, strict=True)),
-            kl_per_element=math.fsum(part.kl for part in sums) / (num_cells * len(first)),
-            scaling_factor=1.0 / std if std else math.inf,
-        )
-
-    def values(self) -> dict[str, float]:
-        """Return the numbers that have an entry in `METRICS`."""
-        return {
-            "kl_per_element": self.kl_per_element,
-            "latent_mean": self.mean,
-            "latent_std": self.std,
-            "scaling_factor": self.scaling_factor,
-        }

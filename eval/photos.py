@@ -1,17 +1,44 @@
 """The photos that are evaluated: found, named so that no two share a name, and brought to size one at a time."""
 
+from __future__ import annotations
+
+import hashlib
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
-from PIL import Image, ImageOps
+from PIL import Image
 
+from sd_vae.data import PictureTransform, Record, Records, decode_picture, open_records
+from sd_vae.data.decoding import Reject
+from sd_vae.data.geometry import Placement, placements
 from sd_vae.errors import UserError
 from sd_vae.images import list_images, open_image, to_rgb
 
-__all__ = ["Photo", "find_files", "list_photos", "load_photo"]
+__all__ = [
+    "Data",
+    "Photo",
+    "PhotoSet",
+    "find_files",
+    "fit_photo",
+    "list_photos",
+    "open_photos",
+    "photo_digest",
+    "place",
+    "read_photo",
+]
+
+Data = str | Path | Sequence[str | Path] | Mapping[str, Image.Image]
+"""What photos are taken from: a folder, a file, a data set, several files and folders, or named pictures."""
+
+RESAMPLING = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
 
 
 @dataclass(frozen=True)
@@ -19,12 +46,51 @@ class Photo:
     """A photo that is opened when its turn comes."""
 
     name: str
-    """Unique within the list it belongs to."""
-    source: Path | Image.Image
-    """File, or the picture itself."""
+    """Unique within the set it belongs to."""
+    source: Path | Image.Image | Record
+    """File, the picture itself, or a record of a data set."""
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """What else the data says of it, such as boxes."""
 
 
-def list_photos(data: str | Path | Sequence[str | Path] | Mapping[str, Image.Image]) -> list[Photo]:
+class PhotoSet:
+    """Photos in a fixed order, read a stretch at a time; a table's pictures are not held in memory.
+
+    Args:
+        source: Photos, or the records of a data set.
+    """
+
+    def __init__(self, source: Sequence[Photo] | Records) -> None:
+        self._source = source
+        num_photos = len(source) if isinstance(source, Sequence) else source.num_records
+        assert num_photos is not None, "only a stream, which is not opened here, does not know its end"
+        self.num_photos = num_photos
+
+    def read(self, start: int, stop: int) -> Iterator[Photo]:
+        """Yield the photos from `start` to before `stop`."""
+        if isinstance(self._source, Sequence):
+            yield from self._source[start:stop]
+            return
+        for record in self._source.read(start, stop):
+            yield Photo(record.id, record, record.columns)
+
+
+def open_photos(data: Data) -> PhotoSet:
+    """Return the photos that `data` stands for.
+
+    Args:
+        data: A folder (with the folders below it, and `metadata.jsonl` or `metadata.csv`), a parquet file or a folder
+            of them, WebDataset tars, `hf://DATASET[:SPLIT]`, or what `list_photos` takes.
+
+    Raises:
+        UserError: There are none, or the data cannot be opened.
+    """
+    if isinstance(data, str | Path) and not _is_picture_file(Path(data)):
+        return PhotoSet(open_records(str(data)))
+    return PhotoSet(list_photos(data))
+
+
+def list_photos(data: Data) -> list[Photo]:
     """Return the photos that `data` stands for, in its order.
 
     Args:
@@ -46,18 +112,53 @@ def list_photos(data: str | Path | Sequence[str | Path] | Mapping[str, Image.Ima
     return photos
 
 
-def load_photo(photo: Photo, size: int | None = None) -> Image.Image:
-    """Return a photo as upright 8-bit RGB.
-
-    Args:
-        photo: What to open.
-        size: Resize the short side to this many pixels (bicubic) and keep the central square; None leaves the size.
+def read_photo(photo: Photo) -> Image.Image:
+    """Return a photo as upright 8-bit RGB in its own size.
 
     Raises:
-        UserError: The file cannot be read as a picture.
+        UserError: It cannot be read as a picture.
     """
-    image = open_image(photo.source) if isinstance(photo.source, Path) else to_rgb(photo.source)
-    return image if size is None else ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+    if isinstance(photo.source, Path):
+        return open_image(photo.source)
+    if isinstance(photo.source, Image.Image):
+        return to_rgb(photo.source)
+    decoded = decode_picture(photo.source.data)
+    if isinstance(decoded, Reject):
+        raise UserError(f"cannot read the picture {photo.source.source}: {decoded.detail}; convert it or leave it out.")
+    return decoded.image
+
+
+def fit_photo(
+    image: Image.Image, size: int | None, resize_filter: Literal["bilinear", "bicubic", "lanczos"] = "bicubic"
+) -> Image.Image:
+    """Return a picture's central square of `size` pixels, or the picture itself for None.
+
+    The shorter side is resized first, with antialiasing; the arithmetic is that of torchvision's `Resize` and
+    `CenterCrop`.
+    """
+    if size is None:
+        return image
+    placement = place((image.height, image.width), size)
+    height, width = placement.resized_size
+    top, left, *_ = placement.crop
+    return image.resize((width, height), RESAMPLING[resize_filter]).crop((left, top, left + size, top + size))
+
+
+def place(original_size: tuple[int, int], size: int) -> Placement:
+    """Return where the central square lies in a picture of (height, width) whose shorter side becomes `size`."""
+    placed = placements(original_size, PictureTransform(size=size, factor=1, allow_upscale=True), "")
+    assert not isinstance(placed, Reject), "enlarging is allowed, so every picture has a central square"
+    return placed[0]
+
+
+def photo_digest(image: Image.Image) -> str:
+    """Return the sha256 of a picture's size and 8-bit RGB pixels, whatever file they were decoded from."""
+    return hashlib.sha256(f"{image.width}x{image.height}\n".encode() + image.tobytes()).hexdigest()
+
+
+def _is_picture_file(path: Path) -> bool:
+    """Whether a path is one file, other than a table or a tar."""
+    return path.is_file() and path.suffix not in (".parquet", ".tar")
 
 
 def find_files(data: str | Path | Sequence[str | Path]) -> list[Path]:

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from .metrics import LatentStats, LatentSums, Metric
+from .latent_stats import LatentStats, LatentSums
+from .metrics import Metric
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -25,6 +26,7 @@ __all__ = [
     "PhotoSize",
     "Plot",
     "ReconPictures",
+    "Region",
     "Reject",
     "Row",
     "Speed",
@@ -89,8 +91,24 @@ class Check:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Region:
+    """Parts of photos that a column of the data marks, such as faces or text, through one way of reconstruction."""
+
+    label: str
+    """What is marked: the column, or the label of its boxes."""
+    row: str
+    """The row that was measured."""
+    num_regions: int
+    """How many there are in all photos."""
+    num_left_out: int
+    """How many were too small for a metric, or outside of the central square."""
+    means: Mapping[str, Interval]
+    """Metric name to its mean over regions, with the interval over photos."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Reject:
-    """A photo that could not be read."""
+    """A photo that could not be read, or is too small for a metric."""
 
     name: str
     """Its name."""
@@ -200,6 +218,8 @@ class Evaluation:
     """Round trips, sizes, rates."""
     checks: tuple[Check, ...] = ()
     """Half precision and tiling, where asked for."""
+    regions: tuple[Region, ...] = ()
+    """Marked parts of photos, where asked for."""
     rejects: tuple[Reject, ...] = ()
     """Photos that could not be read; no row counts them."""
 

@@ -6,8 +6,6 @@ Both numbers go beside the real PSNR; a healthy model loses many dB in each.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 from PIL import Image
@@ -17,20 +15,18 @@ from sd_vae._diffusers import DiffusersAutoencoderKL
 from sd_vae.errors import UserError
 
 from .metrics import psnr_db
-from .photos import list_photos, load_photo
+from .photos import Data, fit_photo, list_photos, read_photo
 from .roundtrip import decode_picture, encode_picture, evaluating
 
 __all__ = ["shuffled_latents_psnr_db", "zero_latents_psnr_db"]
 
-Photos = str | Path | Sequence[str | Path] | Mapping[str, Image.Image]
 
-
-def zero_latents_psnr_db(vae: DiffusersAutoencoderKL, data: Photos, *, size: int | None = None) -> float:
+def zero_latents_psnr_db(vae: DiffusersAutoencoderKL, data: Data, *, size: int | None = None) -> float:
     """Return the mean PSNR in dB of photos against what raw latents of zero decode to.
 
     Args:
         vae: Model.
-        data: Photos, as `evaluate` takes them.
+        data: Data, as `evaluate` takes them.
         size: As in `evaluate`.
 
     Raises:
@@ -40,7 +36,7 @@ def zero_latents_psnr_db(vae: DiffusersAutoencoderKL, data: Photos, *, size: int
     return _mean_psnr_db(vae, pictures, [torch.zeros_like(z) for z in latents])
 
 
-def shuffled_latents_psnr_db(vae: DiffusersAutoencoderKL, data: Photos, *, size: int | None = None) -> float:
+def shuffled_latents_psnr_db(vae: DiffusersAutoencoderKL, data: Data, *, size: int | None = None) -> float:
     """Return the mean PSNR in dB of photos against what the next photo's latents decode to; the last takes the first's.
 
     Args:
@@ -62,11 +58,11 @@ def shuffled_latents_psnr_db(vae: DiffusersAutoencoderKL, data: Photos, *, size:
     return _mean_psnr_db(vae, pictures, [*latents[1:], latents[0]])
 
 
-def _encode_all(vae: DiffusersAutoencoderKL, data: Photos, size: int | None) -> tuple[list[Image.Image], list[Tensor]]:
+def _encode_all(vae: DiffusersAutoencoderKL, data: Data, size: int | None) -> tuple[list[Image.Image], list[Tensor]]:
     """Photos and the modes of their posteriors."""
-    pictures = [load_photo(photo, size) for photo in list_photos(data)]
+    pictures = [fit_photo(read_photo(photo), size) for photo in list_photos(data)]
     with evaluating([vae]):
-        return pictures, [encode_picture(vae, picture).mode() for picture in pictures]
+        return pictures, [encode_picture(vae, picture).z for picture in pictures]
 
 
 def _mean_psnr_db(vae: DiffusersAutoencoderKL, pictures: list[Image.Image], latents: list[Tensor]) -> float:

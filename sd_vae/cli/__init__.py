@@ -17,6 +17,7 @@ COMMANDS = {
     "demo": "train, save, load in diffusers and evaluate a small VAE on real photos, without a hub",
     "train": "train or fine-tune a VAE from a recipe, or resume a run",
     "reconstruct": "encode and decode pictures, side by side and with metrics",
+    "eval": "measure a VAE by a named protocol, beside others, and write a report",
     "encode": "turn a data set of pictures into latents, by one process or many, and go on after a stop",
     "latents": "check, measure, look at and convert a store of latents",
     "decode": "latents back to pictures, from a store or from what another trainer reads",

@@ -1,7 +1,7 @@
 import pytest
 from PIL import Image
 
-from eval.photos import find_files, list_photos, load_photo
+from eval.photos import find_files, fit_photo, list_photos, read_photo
 from sd_vae.errors import UserError
 
 
@@ -53,15 +53,15 @@ def test_find_files_refuses_a_folder_without_pictures(tmp_path):
         find_files(tmp_path)
 
 
-def test_load_photo_leaves_the_size_alone(folder):
-    assert load_photo(list_photos(folder)[0]).size == (20, 16)
+def test_fit_photo_leaves_the_size_alone(folder):
+    assert fit_photo(read_photo(list_photos(folder)[0]), None).size == (20, 16)
 
 
-def test_load_photo_crops_the_centre_and_resizes():
+def test_fit_photo_crops_the_centre_and_resizes():
     picture = Image.new("RGB", (30, 10), "red")
     picture.paste("blue", (10, 0, 20, 10))
 
-    square = load_photo(list_photos({"stripes": picture})[0], 8)
+    square = fit_photo(picture, 8)
 
     assert square.size == (8, 8)
     assert square.crop((1, 0, 7, 8)).getcolors() == [(48, (0, 0, 255))]

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from eval.metrics import psnr_db
-from eval.photos import list_photos, load_photo
+from eval.photos import fit_photo, list_photos, read_photo
 from eval.roundtrip import decode_picture, encode_picture
 from eval.sanity import shuffled_latents_psnr_db, zero_latents_psnr_db
 from sd_vae.errors import UserError
@@ -35,4 +35,4 @@ def test_shuffled_latents_need_one_size(tiny_vae, photos):
 
 
 def _squares(photos):
-    return [load_photo(photo, 16) for photo in list_photos(photos)]
+    return [fit_photo(read_photo(photo), 16) for photo in list_photos(photos)]
