@@ -55,6 +55,8 @@ class Axis:
     """Where `high` is drawn."""
     is_log: bool = False
     """Equal ratios are equal lengths; `low` is above 0."""
+    is_whole: bool = False
+    """Ticks stand at whole numbers only."""
 
     def place(self, values: np.ndarray) -> np.ndarray:
         """Return where values are drawn; a range of no length is drawn in the middle."""
@@ -66,7 +68,7 @@ class Axis:
         """Return a few round values inside the range and where they are drawn."""
         from matplotlib.ticker import LogLocator, MaxNLocator
 
-        locator = LogLocator(subs=(1.0, 2.0, 5.0)) if self.is_log else MaxNLocator(nbins=5)
+        locator = LogLocator(subs=(1.0, 2.0, 5.0)) if self.is_log else MaxNLocator(nbins=5, integer=self.is_whole)
         values = np.asarray(locator.tick_values(self.low, self.high), np.float64)
         values = values[(values >= self.low) & (values <= self.high)]
         if self.is_log and len(values) > 6:

@@ -173,7 +173,7 @@ def _embed(picture: Image.Image, max_side: int = MAX_SIDE) -> str:
     if max(picture.size) > max_side:
         picture = picture.copy()
         picture.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
-    return _data_uri(picture, "webp", quality=QUALITY, method=6)
+    return _data_uri(picture, "webp", quality=QUALITY)
 
 
 def _embed_exactly(picture: Image.Image) -> str:

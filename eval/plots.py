@@ -24,8 +24,11 @@ MAX_DOTS = 200
 NUM_BINS = 48
 """Bars across a histogram."""
 
-STRIP_HEIGHT = 46
+STRIP_HEIGHT = 54
 """SVG units from one row to the next."""
+
+TOP_ROOM, TICK_ROOM = 36.0, 26.0
+"""SVG units above the middle of the first row, and under the last row for the labels."""
 
 STRIP_SPREAD = 9
 """SVG units that dots or bars reach from the middle of their row."""
@@ -108,7 +111,7 @@ class Distribution:
 def chart(plot: Plot, metric: Metric, evaluation: Evaluation) -> Chart:
     """Return a plot as geometry; x is logarithmic where it spans a wide range."""
     finite = {
-        name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+        name: [(float(x), float(y)) for x, y in points if math.isfinite(x) and math.isfinite(y)]
         for name, points in plot.lines.items()
     }
     every = [point for points in finite.values() for point in points] or [(0.0, 0.0)]
@@ -116,7 +119,12 @@ def chart(plot: Plot, metric: Metric, evaluation: Evaluation) -> Chart:
     y_low, y_high = min(y for _, y in every), max(y for _, y in every)
     room = 0.06 * (y_high - y_low)
     across = Axis(
-        low=x_low, high=x_high, start=LEFT + 8, end=WIDTH - RIGHT, is_log=x_low > 0 and x_high / x_low >= LOG_RATIO
+        low=x_low,
+        high=x_high,
+        start=LEFT + 8,
+        end=WIDTH - RIGHT,
+        is_log=x_low > 0 and x_high / x_low >= LOG_RATIO,
+        is_whole=all(x.is_integer() for x, _ in every),
     )
     up = Axis(low=y_low - room, high=y_high + room, start=HEIGHT - BOTTOM, end=TOP)
     order = [row.name for row in evaluation.rows]
@@ -133,7 +141,7 @@ def chart(plot: Plot, metric: Metric, evaluation: Evaluation) -> Chart:
                     (mark(colour, *place), f"{name}: {metric.format(y)} at {x:.4g}")
                     for place, (x, y) in zip(places, points, strict=True)
                 ),
-                key=mark(colour, 0.0, 0.0),
+                key=mark(colour, 0.0, 0.0, size=6.0),
             )
         )
     return Chart(
@@ -159,7 +167,7 @@ def distributions(evaluation: Evaluation) -> list[Distribution]:
         across = Axis(low=float(finite.min()), high=float(finite.max()), start=RIGHT, end=WIDTH - RIGHT)
         strips = []
         for number, (row, column) in enumerate(zip(evaluation.rows, columns, strict=True)):
-            y = STRIP_HEIGHT * number + 30.0
+            y = STRIP_HEIGHT * number + TOP_ROOM
             values = column[np.isfinite(column)]
             mean = row.intervals.get(name) or Interval(value=row.means[name], low=row.means[name], high=row.means[name])
             ends = (mean.value, mean.low, mean.high)
@@ -167,14 +175,14 @@ def distributions(evaluation: Evaluation) -> list[Distribution]:
                 Strip(
                     name=row.name,
                     colour=number % NUM_COLOURS,
-                    label_y=y - STRIP_SPREAD - 5,
+                    label_y=y - STRIP_SPREAD - 9,
                     path=_dots(across.place(values), y) if len(values) <= MAX_DOTS else _bars(across, values, y),
                     mean=_three(across.place(np.array(ends))) if np.isfinite(ends).all() else None,
                     y=y,
                     words=_words(row.name, metric, values, mean),
                 )
             )
-        height = STRIP_HEIGHT * len(strips) + 30.0
+        height = STRIP_HEIGHT * len(strips) + TICK_ROOM
         found.append(Distribution(title=metric.heading, height=height, strips=tuple(strips), ticks=across.ticks()))
     return found
 
