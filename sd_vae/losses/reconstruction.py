@@ -1,20 +1,21 @@
-"""The pixel term.
+"""The pixel term, and the learned scale that it is measured in.
 
 Shapes: B batch, C channels, H W pixels.
 """
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from sd_vae.errors import UserError
 
-__all__ = ["reconstruction_loss", "require_same_shape"]
+__all__ = ["OutputLogvar", "reconstruction_loss", "require_same_shape"]
 
 
 def reconstruction_loss(recon: Tensor, x: Tensor, kind: Literal["l2", "l1"]) -> Tensor:
-    """Return the mean over B, C, H, W of |recon - x|^2 (l2) or |recon - x| (l1), in fp32.
+    """Return the mean over B, C, H, W of |recon - x|^2 (l2) or |recon - x| (l1), in fp32 at least.
 
     Args:
         recon: Reconstructions (B, C, H, W), unclamped.
@@ -26,7 +27,27 @@ def reconstruction_loss(recon: Tensor, x: Tensor, kind: Literal["l2", "l1"]) -> 
     """
     require_same_shape(recon, x)
     distance = F.mse_loss if kind == "l2" else F.l1_loss
-    return distance(recon.float(), x.float())
+    dtype = torch.promote_types(recon.dtype, torch.float32)
+    return distance(recon.to(dtype), x.to(dtype))
+
+
+class OutputLogvar(nn.Module):
+    """The log-variance s of pixels around the reconstruction, one learned number: exp(-s) * distance + s.
+
+    At its best s is the log of the mean distance, so the weight of the KL term beside it means the same for every
+    picture size and every stage of training. Beside `l1` this is the Laplace density's negative log-likelihood for each
+    value, beside `l2` twice the normal density's, both up to a constant.
+
+    Source: CompVis/latent-diffusion@main:ldm/modules/losses/contperceptual.py; Rybkin et al., arXiv 2006.13202.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logvar = nn.Parameter(torch.zeros(()))
+
+    def forward(self, distance: Tensor) -> Tensor:
+        """Return the negative log-likelihood per value of a mean distance, a scalar."""
+        return distance * torch.exp(-self.logvar) + self.logvar
 
 
 def require_same_shape(recon: Tensor, x: Tensor) -> None:

@@ -26,6 +26,19 @@ def test_kl_config_rejects_negative_weight():
         KLConfig(weight=-1e-6)
 
 
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"free_bits": -1.0}, r"kl.free_bits is -1.0, it must be a finite number >= 0"),
+        ({"warmup_steps": -1}, r"kl.warmup_steps is -1, it must be at least 0"),
+        ({"warmup_steps": 5, "cycle_steps": 9}, r"kl.warmup_steps is 5 and kl.cycle_steps 9, a cycle has its own"),
+    ],
+)
+def test_kl_config_rejects(fields, match):
+    with pytest.raises(UserError, match=match):
+        KLConfig(**fields)
+
+
 def test_perceptual_config_reports_all_problems_at_once():
     with pytest.raises(UserError, match=r"perceptual\.weight is -1.*; perceptual\.backbone is 'x\.pth' but .* ms_ssim"):
         PerceptualConfig(net="ms_ssim", weight=-1.0, backbone="x.pth")

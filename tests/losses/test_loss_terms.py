@@ -5,7 +5,8 @@ import torch
 
 import sd_vae.losses
 from sd_vae.errors import UserError
-from sd_vae.losses.kl import kl_loss
+from sd_vae.losses.config import KLConfig
+from sd_vae.losses.kl import kl_loss, kl_weight_at
 from sd_vae.losses.reconstruction import reconstruction_loss
 from sd_vae.posterior import DiagonalGaussian
 
@@ -82,6 +83,53 @@ def test_kl_loss_of_bf16_moments_is_summed_in_fp32():
 
 def test_kl_loss_of_deterministic_posterior_is_zero():
     assert kl_loss(DiagonalGaussian(moments(), deterministic=True), "mean", 1) == 0
+
+
+@pytest.mark.parametrize("convention", ["mean", "ldm"])
+def test_free_bits_of_almost_nothing_change_nothing(convention):
+    posterior = DiagonalGaussian(moments())
+
+    with_floor = kl_loss(posterior, convention, 3 * 64 * 64, free_bits=1e-9)
+
+    torch.testing.assert_close(with_floor, kl_loss(posterior, convention, 3 * 64 * 64))
+
+
+def test_free_bits_floor_each_channel_of_each_image():
+    parameters = torch.zeros(2, 8, 4, 4)  # mean 0, logvar 0: KL 0 everywhere
+    parameters[0, 0] = 2.0  # but 2 nats in one channel of one image
+    posterior = DiagonalGaussian(parameters)
+
+    loss = kl_loss(posterior, "mean", 1, free_bits=0.5)
+
+    assert loss == pytest.approx((7 * 0.5 + 2.0) / 8)
+
+
+def test_free_bits_leave_no_gradient_below_the_floor():
+    parameters = torch.zeros(1, 8, 4, 4)
+    parameters[0, 0], parameters[0, 1] = 2.0, 0.1
+    parameters.requires_grad_()
+
+    kl_loss(DiagonalGaussian(parameters), "mean", 1, free_bits=0.5).backward()
+
+    assert (parameters.grad[0, 0] != 0).all()
+    assert (parameters.grad[0, 1:4] == 0).all()
+
+
+def test_kl_weight_warms_up_linearly():
+    config = KLConfig(weight=2.0, warmup_steps=4)
+
+    assert [kl_weight_at(config, step) for step in (0, 1, 4, 9, None)] == [0.0, 0.5, 2.0, 2.0, 2.0]
+
+
+def test_kl_weight_cycles():
+    config = KLConfig(weight=2.0, cycle_steps=8)
+
+    assert [kl_weight_at(config, step) for step in range(9)] == [0.0, 0.5, 1.0, 1.5, 2.0, 2.0, 2.0, 2.0, 0.0]
+    assert kl_weight_at(config, None) == 2.0
+
+
+def test_kl_weight_is_constant_by_default():
+    assert kl_weight_at(KLConfig(weight=2.0), 0) == 2.0
 
 
 def test_losses_package_exports_lazily():

@@ -37,7 +37,7 @@ def gradients(objective, vae, x):
 def test_objective_total_is_the_weighted_sum_of_its_terms(tiny_vae):
     x = images()
 
-    total, terms = Objective(config(weight=0.3))(x, *forward(tiny_vae, x))
+    total, terms, _ = Objective(config(weight=0.3))(x, *forward(tiny_vae, x))
 
     assert list(terms) == ["reconstruction", "ms_ssim", "kl"]
     expected = terms["reconstruction"] + 0.3 * terms["ms_ssim"] + 1e-2 * terms["kl"]
@@ -47,7 +47,7 @@ def test_objective_total_is_the_weighted_sum_of_its_terms(tiny_vae):
 def test_objective_terms_carry_no_gradient(tiny_vae):
     x = images()
 
-    total, terms = Objective(config())(x, *forward(tiny_vae, x))
+    total, terms, _ = Objective(config())(x, *forward(tiny_vae, x))
 
     assert total.requires_grad
     assert not any(term.requires_grad for term in terms.values())
@@ -89,7 +89,7 @@ def test_objective_kl_weight_zero_adds_nothing_even_of_an_infinite_term():
     x = images()
     posterior = DiagonalGaussian(torch.full((2, 8, 4, 4), 1e30))
 
-    total, terms = Objective(config(weight=0.0, kl_weight=0.0))(x, x, posterior)
+    total, terms, _ = Objective(config(weight=0.0, kl_weight=0.0))(x, x, posterior)
 
     assert terms["kl"].isinf()
     assert total == 0
@@ -186,3 +186,61 @@ def test_objective_trains_an_untrained_vae_with_ms_ssim(tiny_vae):
 
     assert all(gradient.isfinite().all() for gradient in actual.values())
     assert not torch.equal(actual["decoder.conv_out.weight"], without["decoder.conv_out.weight"])
+
+
+def test_objective_fidelity_is_the_total_without_kl(tiny_vae):
+    x = images()
+
+    total, terms, fidelity = Objective(config(weight=0.3))(x, *forward(tiny_vae, x))
+
+    torch.testing.assert_close(fidelity, terms["reconstruction"] + 0.3 * terms["ms_ssim"])
+    torch.testing.assert_close(total, fidelity + 1e-2 * terms["kl"])
+
+
+def test_objective_warms_the_kl_weight_up(tiny_vae):
+    x = images()
+    objective = Objective(LossConfig(perceptual=PerceptualConfig(weight=0.0), kl=KLConfig(weight=0.5, warmup_steps=10)))
+
+    results = {step: objective(x, *forward(tiny_vae, x), step) for step in (0, 5, 10, None)}
+
+    shares = [float((r.total - r.fidelity) / (0.5 * r.terms["kl"])) for r in results.values()]
+    assert shares == pytest.approx([0.0, 0.5, 1.0, 1.0])
+
+
+def test_objective_with_a_learned_logvar_is_latent_diffusions_likelihood(tiny_vae):
+    # Published: sum(|x - recon| + w * LPIPS) / exp(logvar) + logvar over all 3HW values of an image, mean over images.
+    x = images()
+    settings = LossConfig(
+        reconstruction="l1", learn_logvar=True, perceptual=PerceptualConfig(weight=0.0), kl=KLConfig(weight=0.0)
+    )
+    objective = Objective(settings)
+    objective.output.logvar.data.fill_(-1.5)
+    recon, posterior = forward(tiny_vae, x)
+    published = ((x - recon).abs() / torch.exp(torch.tensor(-1.5)) - 1.5).sum() / len(x)
+
+    result = objective(x, recon, posterior)
+
+    torch.testing.assert_close(result.total, published / x[0].numel())
+    assert result.terms["logvar"] == -1.5
+
+
+def test_objective_logvar_settles_at_the_log_of_the_mean_distance(tiny_vae):
+    x = images()
+    settings = LossConfig(learn_logvar=True, perceptual=PerceptualConfig(weight=0.0), kl=KLConfig(weight=0.0))
+    objective, (recon, posterior) = Objective(settings), forward(tiny_vae, x)
+    objective.output.logvar.data.fill_(float(torch.nn.functional.mse_loss(recon, x).log()))
+
+    (gradient,) = torch.autograd.grad(objective(x, recon, posterior).total, [objective.output.logvar])
+
+    assert abs(float(gradient)) < 1e-6
+
+
+def test_objective_in_float64_stays_in_float64(tiny_vae):
+    x = images().double()
+    vae = tiny_vae.double()
+    posterior = vae.encode(x).latent_dist
+    recon = vae.decode(posterior.mode()).sample
+
+    total = Objective(config(weight=0.0))(x, recon, posterior).total
+
+    assert total.dtype == torch.float64
