@@ -20,7 +20,7 @@ from sd_vae.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["FAMILIES", "family_of", "fold", "latent_scale"]
+__all__ = ["FAMILIES", "family_of", "fold", "fold_scale", "latent_scale"]
 
 FAMILIES = {name: PRESETS[name] for name in ("sd1", "sdxl", "sd3", "flux")}
 """Model family to the config of its VAE; sd1 stands for Stable Diffusion 1 and 2."""
@@ -66,13 +66,30 @@ def fold(tensors: dict[str, Tensor], config: VAEConfig, family: str) -> tuple[di
     target = _require_family(config, family)
     if family_of(config) == family:
         return tensors, config
+    return fold_scale(tensors, config, target.scaling_factor, target.shift_factor)
+
+
+def fold_scale(
+    tensors: dict[str, Tensor], config: VAEConfig, scaling_factor: float, shift_factor: float | None = None
+) -> tuple[dict[str, Tensor], VAEConfig]:
+    """Return weights and config of the same autoencoder with one scale and shift for all channels, as `fold` does.
+
+    Args:
+        tensors: Weights by diffusers name; not changed.
+        config: Their config, with `latents_mean` and `latents_std` where channels have scales of their own.
+        scaling_factor: Of the result.
+        shift_factor: Of the result.
+
+    Raises:
+        UserError: As `fold`, of a shift without post_quant_conv.
+    """
     scales, shifts = latent_scale(config)
-    factors = [scale / target.scaling_factor for scale in scales]
-    offsets = [(target.shift_factor or 0.0) - factor * shift for factor, shift in zip(factors, shifts, strict=True)]
+    factors = [scale / scaling_factor for scale in scales]
+    offsets = [(shift_factor or 0.0) - factor * shift for factor, shift in zip(factors, shifts, strict=True)]
     folded = dict(tensors)
     _fold_encoder(folded, config, factors, offsets)
     _fold_decoder(folded, config, factors, offsets)
-    scale: dict[str, Any] = {"scaling_factor": target.scaling_factor, "shift_factor": target.shift_factor}
+    scale: dict[str, Any] = {"scaling_factor": scaling_factor, "shift_factor": shift_factor}
     return folded, dataclasses.replace(config, **scale, latents_mean=None, latents_std=None)
 
 
