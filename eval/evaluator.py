@@ -20,12 +20,13 @@ from torch import Tensor
 from sd_vae.errors import UserError
 from sd_vae.latents.processes import Processes
 
+from .deeper import Deeper
 from .fid import PHOTOS, FeatureFile, frechet_distances
 from .measures import Perceptual, build_measures
 from .models import require_autoencoder
 from .photos import Data, fit_photo, open_photos, photo_digest, read_photo
 from .pictures import error_map, latent_channels, latent_colours
-from .probes import Probe, Trial
+from .probes import Trial
 from .protocols import Protocol, get_protocol
 from .results import Evaluation, PhotoSize, ReconPictures, Reject
 from .roundtrip import evaluating
@@ -34,6 +35,8 @@ from .shares import Share
 from .summary import summarise
 
 __all__ = ["Perceptual", "evaluate"]
+
+NOTHING_DEEPER = Deeper()
 
 
 def evaluate(
@@ -47,7 +50,7 @@ def evaluate(
     perceptual: Perceptual | None = None,
     box_blocks: Sequence[int] = (),
     codecs: Sequence[str] = (),
-    probes: Sequence[Probe] = (),
+    deeper: Deeper = NOTHING_DEEPER,
     strict: bool = False,
     max_pictures: int = 8,
     worst: int = 0,
@@ -70,7 +73,7 @@ def evaluate(
         perceptual: A perceptual distance of your own to measure too, under its own name.
         box_blocks: Sides in pixels of block averages that stand as rows beside the models.
         codecs: JPEG, WebP: rows that spend as many bits on each photo as the first model's latents at 16 bits a value.
-        probes: What to try on every photo beside the metrics, see `eval.probes`.
+        deeper: What to ask beside the metrics: more round trips, other sizes, half precision, tiling.
         strict: Stop at the first photo that cannot be read or is too small, instead of listing it.
         max_pictures: How many photos' pictures to keep in the result, the first ones.
         worst: How many more to keep: those that are worst in the first metric of the first row.
@@ -95,6 +98,7 @@ def evaluate(
     photos = open_photos(data)
     device = next(next(iter(models.values())).parameters()).device
     measures = build_measures(chosen, weights=weights, perceptual=perceptual, device=device)
+    probes = deeper.probes(models, chosen, measures)
     features = [
         (route, network, FeatureFile(metric, route, network.num_features))
         for metric, network in measures.features.items()

@@ -9,9 +9,9 @@ Shapes: B batch, C latent channels, H W pixels, h w latent cells.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -155,7 +155,8 @@ def load_autoencoder(
         return load_vae(path, config, dtype=dtype, device=device)
     from sd_vae.checkpoints.formats import as_dtype
 
-    return vae.to(device, as_dtype(dtype)).eval()
+    with _quiet():  # diffusers remarks on every change of dtype
+        return vae.to(device, as_dtype(dtype)).eval()
 
 
 def display_name(path: str) -> str:
@@ -202,18 +203,14 @@ def _load_folder(place: Path, class_name: str | None) -> Any:
             f"{place / 'config.json'} says _class_name {class_name!r}; it must be one of: {', '.join(AUTOENCODERS)}."
         )
     import diffusers
-    from diffusers.utils import logging
 
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
     try:
-        vae, report = getattr(diffusers, class_name).from_pretrained(
-            place, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, json.JSONDecodeError) as error:
+        with _quiet():
+            vae, report = getattr(diffusers, class_name).from_pretrained(
+                place, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
+            )
+    except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"cannot load the {class_name} in {place}: {_first_line(error)}; fetch it again.") from error
-    finally:
-        logging.set_verbosity(verbosity)
     missing = sorted(report["missing_keys"]) + sorted(report["unexpected_keys"])
     if missing:
         raise UserError(
@@ -245,6 +242,19 @@ def _load_tiny(file: Path) -> Any:
         )
     vae.load_state_dict({name: stored.read(name).float() for name in wanted})
     return vae
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep diffusers from logging."""
+    from diffusers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _first_line(error: Exception) -> str:

@@ -15,7 +15,7 @@ from sd_vae.images import crop, pad_to_factor, to_pil, to_tensor
 
 from .models import Encoded, decode, encode, factor_of
 
-__all__ = ["decode_picture", "encode_picture", "evaluating"]
+__all__ = ["decode_picture", "encode_picture", "evaluating", "padded"]
 
 
 def encode_picture(vae: Any, picture: Image.Image) -> Encoded:
@@ -28,9 +28,13 @@ def encode_picture(vae: Any, picture: Image.Image) -> Encoded:
     Returns:
         Latents of shape (1, C, h, w), h = ceil(H / factor), w = ceil(W / factor), and their posterior.
     """
+    return encode(vae, padded(vae, picture))
+
+
+def padded(vae: Any, picture: Image.Image) -> Tensor:
+    """Return a picture as an autoencoder takes it: (1, 3, H, W) in [-1, 1], padded, on its device and in its dtype."""
     weight = next(vae.parameters())
-    x = pad_to_factor(to_tensor(picture), factor_of(vae)).to(weight.device, weight.dtype)
-    return encode(vae, x)
+    return pad_to_factor(to_tensor(picture), factor_of(vae)).to(weight.device, weight.dtype)
 
 
 def decode_picture(

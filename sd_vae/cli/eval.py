@@ -55,6 +55,14 @@ class Args:
     weights: tuple[str, ...] = ()
     """Files of metric networks: vgg=FILE, alex=FILE, squeeze=FILE, inception=FILE; else the torch hub cache."""
 
+    round_trips: int = 0
+    """Send each VAE's output through it again, this many trips in all: what repeated editing costs."""
+    sizes: tuple[int, ...] = ()
+    """Evaluate central squares of these sides in pixels too: quality over resolution."""
+    dtype_check: bool = False
+    """Try VAE in bfloat16 and float16 beside float32."""
+    tiling_check: bool = False
+    """Try VAE with tiling beside without."""
     worst: int = 6
     """How many of the worst photos to show."""
     strict: bool = False
@@ -85,6 +93,7 @@ def run(argv: list[str]) -> None:
 
 def _evaluate(args: Args, processes: Processes) -> None:
     from eval import evaluate
+    from eval.deeper import Deeper
     from eval.protocols import get_protocol
     from eval.report import OWN, write_report
     from sd_vae.files import atomic_folder, read_json, require_own_folder
@@ -105,6 +114,12 @@ def _evaluate(args: Args, processes: Processes) -> None:
             weights=weights,
             codecs=args.codecs,
             box_blocks=args.box_blocks,
+            deeper=Deeper(
+                round_trips=args.round_trips,
+                sizes=args.sizes,
+                dtypes=("bfloat16", "float16") if args.dtype_check else (),
+                tiling=args.tiling_check,
+            ),
             strict=args.strict,
             worst=args.worst,
             progress=progress,
@@ -125,6 +140,9 @@ def _evaluate(args: Args, processes: Processes) -> None:
         print_json(read_json(args.out / "report.json"))
     else:
         _print_numbers(evaluation)
+    for check in evaluation.checks:
+        facts = "; ".join(f"{name}: {value}" for name, value in check.facts.items())
+        say(f"{'passed' if check.passed else 'NOT PASSED'}: {check.row}, {check.title}: {facts}.")
     for reject in evaluation.rejects[:3]:
         say(f"left out: {reject.reason}")
     if evaluation.rejects:

@@ -2,13 +2,17 @@ import math
 
 import numpy as np
 import pytest
+import skimage.data
 import torch
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
-from torchmetrics.functional.image import structural_similarity_index_measure
+from torchmetrics.functional.image import (
+    multiscale_structural_similarity_index_measure,
+    structural_similarity_index_measure,
+)
 
 from eval.latent_stats import LatentStats, LatentSums
-from eval.metrics import METRICS, perceptual_metric, psnr_db, ssim
+from eval.metrics import METRICS, l1, ms_ssim, perceptual_metric, pooled_psnr_db, psnr_db, ssim
 from sd_vae.errors import UserError
 from sd_vae.posterior import DiagonalGaussian
 
@@ -152,3 +156,66 @@ def test_metric_table_states_a_range_for_every_metric():
 @pytest.mark.parametrize(("value", "text"), [(18.046, "18.05"), (-0.5, "−0.50"), (math.inf, "∞"), (-math.inf, "−∞")])
 def test_metric_formats_its_value(value, text):
     assert METRICS["psnr_db"].format(value) == text
+
+
+def test_ms_ssim_equals_torchmetrics(noisy):
+    x = Image.fromarray(skimage.data.chelsea())  # 451x300: odd lines are dropped on the way down
+    recon = noisy(x)
+    a, b = (torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].double() for picture in (recon, x))
+
+    theirs = multiscale_structural_similarity_index_measure(a, b, data_range=255.0, normalize="relu")
+
+    # worst seen 2e-15
+    assert ms_ssim(recon, x) == pytest.approx(float(theirs), abs=1e-6)
+
+
+def test_ms_ssim_refuses_pictures_that_its_coarsest_window_does_not_fit():
+    small = Image.new("RGB", (400, 175))
+
+    with pytest.raises(UserError, match="MS-SSIM needs pictures of at least 176x176 pixels, this one has 400x175"):
+        ms_ssim(small, small)
+
+
+def test_ssim_with_a_uniform_window_equals_scikit_images_default(photos, noisy):
+    x = photos["cat"]
+    recon = noisy(x)
+
+    theirs = structural_similarity(np.asarray(x), np.asarray(recon), channel_axis=2, data_range=255)
+
+    assert ssim(recon, x, "uniform-7") == pytest.approx(theirs, abs=1e-6)
+
+
+def test_pooled_psnr_is_that_of_the_mean_squared_error():
+    psnrs = [20.0, 30.0, 40.0]
+
+    mse = sum(255**2 / 10 ** (psnr / 10) for psnr in psnrs) / 3
+    assert pooled_psnr_db(psnrs) == pytest.approx(10 * math.log10(255**2 / mse), rel=1e-12)
+    assert pooled_psnr_db([math.inf, math.inf]) == math.inf
+    assert pooled_psnr_db([math.inf, 30.0]) == pytest.approx(30.0 + 10 * math.log10(2))
+
+
+def test_l1_is_in_levels(photos, noisy):
+    x = photos["cat"]
+    recon = noisy(x)
+
+    assert l1(recon, x) == pytest.approx(np.abs(np.asarray(x, float) - np.asarray(recon, float)).mean(), rel=1e-12)
+    assert l1(Image.new("RGB", (4, 4), "white"), Image.new("RGB", (4, 4), "black")) == 255.0
+
+
+def test_latent_stats_count_channels_that_vary():
+    moving = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    mean = torch.cat([moving, torch.full_like(moving, 3.0), 0.05 * moving], dim=1)
+    posterior = DiagonalGaussian(torch.cat([mean, torch.zeros_like(mean)], dim=1))
+
+    stats = LatentStats.pooled([LatentSums.of(posterior)])
+
+    assert stats.active_units == 1  # a large mean and a large posterior variance do not count
+    assert stats.channel_kl == pytest.approx(posterior.kl_map().mean(dim=(0, 2, 3)).tolist(), rel=1e-5)
+
+
+def test_latents_without_a_posterior_have_no_kl():
+    stats = LatentStats.pooled([LatentSums.of_point(torch.randn(1, 4, 8, 8))])
+
+    assert math.isnan(stats.kl_per_element)
+    assert METRICS["kl_per_element"].format(stats.kl_per_element) == "–"
+    assert stats.channel_kl == ()
