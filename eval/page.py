@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import functools
 import hashlib
 import io
 import math
@@ -86,9 +87,7 @@ def render(
     Raises:
         UserError: A curve is empty or not finite.
     """
-    environment = Environment(
-        loader=PackageLoader("eval"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = _environment()
     assert environment.loader is not None
     script = environment.loader.get_source(environment, "report.js")[0]  # not a template: braces are JavaScript's
     worst_first = _worst_first(evaluation, worst_by)
@@ -125,6 +124,14 @@ def render(
         embed_exactly=_embed_exactly,
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
+    )
+
+
+@functools.cache
+def _environment() -> Environment:
+    """The templates; compiled once."""
+    return Environment(
+        loader=PackageLoader("eval"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
 
 

@@ -146,7 +146,7 @@ def chart(plot: Plot, metric: Metric, evaluation: Evaluation) -> Chart:
         )
     return Chart(
         title=plot.title,
-        x_label=plot.x_label,
+        x_label=plot.x_label + (" (log scale)" if across.is_log else ""),
         y_label=metric.heading,
         lines=tuple(lines),
         x_ticks=across.ticks(),

@@ -44,7 +44,7 @@ def test_headings_sort_the_photos_by_mouse_and_keyboard(visit):
     rising, order = column(), heading.get_attribute("aria-sort")
     page.keyboard.press("Enter")
 
-    assert rising == ["9.50", "20.00", "22.00", "26.50", "27.00", "28.00", "30.25", "31.00", "∞"]
+    assert rising == ["−2.00", "−1.00", "9.50", "26.50", "27.00", "28.00", "30.25", "31.00", "∞"]
     assert order == "ascending"
     assert column() == rising[::-1]
     assert table.locator("thead th").evaluate_all("all => all.map(one => one.getAttribute('aria-sort'))") == [
