@@ -8,7 +8,7 @@ import pytest
 from sd_vae.errors import UserError
 from training.config import REQUIRED, ModelConfig, OptimConfig, load_recipe, save_recipe
 
-SHIPPED = ["demo", "finetune_decoder", "from_scratch"]
+SHIPPED = ["demo", "finetune_decoder", "from_scratch", "mini", "mini_256"]
 
 
 def write(path: Path, text: str) -> Path:
