@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from sd_vae.errors import UserError
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -32,6 +34,9 @@ def compile_halves(vae: AutoencoderKL, **options: Any) -> None:
     Args:
         vae: The model.
         options: Those of `torch.compile`.
+
+    Raises:
+        UserError: Options that `torch.compile` does not take; nothing is compiled then.
     """
     import torch
 
@@ -39,9 +44,14 @@ def compile_halves(vae: AutoencoderKL, **options: Any) -> None:
         vae.to(memory_format=torch.channels_last)
         if not options.keys() & {"mode", "options", "backend"}:
             options["mode"] = "reduce-overhead"
-    for half in (vae.encoder, vae.decoder):
+    halves = (vae.encoder, vae.decoder)
+    try:
+        calls = [torch.compile(half._call_impl, **options) for half in halves]
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"torch.compile does not take {options}: {str(error).splitlines()[0]}") from error
+    for half, call in zip(halves, calls, strict=True):
         # What `half.compile` sets, with its result copied; pickling and copying leave this attribute out.
-        half._compiled_call_impl = _own_result(torch.compile(half._call_impl, **options))
+        half._compiled_call_impl = _own_result(call)
 
 
 def _own_result(call: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -169,10 +169,18 @@ def pad_to_factor(x: Tensor, factor: int) -> Tensor:
     """Return x (B, 3, H, W) padded at the right and bottom to multiples of `factor`, by reflection.
 
     `crop(x, height, width)` undoes it exactly. A side too short to reflect is padded by repeating its edge.
+
+    Raises:
+        UserError: x holds no pixel, or the factor is no positive whole number.
     """
     import torch.nn.functional as F
 
     height, width = x.shape[-2:]
+    if not isinstance(factor, int) or factor < 1 or not height or not width:
+        raise UserError(
+            f"a picture of {height}x{width} pixels cannot be padded to multiples of {factor!r}; give some pixels, and "
+            "a factor of 1 or more, such as vae.factor."
+        )
     bottom, right = -height % factor, -width % factor
     if not bottom and not right:
         return x
@@ -181,7 +189,15 @@ def pad_to_factor(x: Tensor, factor: int) -> Tensor:
 
 
 def crop(x: Tensor, height: int, width: int) -> Tensor:
-    """Return the upper left `height` x `width` pixels of x (B, 3, H, W)."""
+    """Return the upper left `height` x `width` pixels of x (B, 3, H, W).
+
+    Raises:
+        UserError: x does not hold so many.
+    """
+    if not (0 < height <= x.shape[-2] and 0 < width <= x.shape[-1]):
+        raise UserError(
+            f"{height}x{width} pixels cannot be cropped from {x.shape[-2]}x{x.shape[-1]}; give a size within it."
+        )
     return x[..., :height, :width]
 
 

@@ -76,7 +76,7 @@ def _wrong_value(sections: list[list[str]]) -> str:
     if wrong is None or kind is None:
         return ""
     name, *values = wrong.groups()
-    wanted = kind[1].removeprefix("{None}|")
+    wanted = kind[1].removeprefix("{None}|").lstrip("[")  # [INT [INT ...]]: one value or several
     return f"{name} is {values[0] or values[1]!r}, it must be {_KINDS.get(wanted, wanted)}."
 
 

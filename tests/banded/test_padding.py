@@ -37,6 +37,18 @@ def test_pad_to_factor_repeats_the_edge_of_what_is_too_short_to_reflect() -> Non
     assert torch.equal(padded, x[:, :, [0, 1, 2, 2, 2, 2, 2, 2]])
 
 
+@pytest.mark.parametrize(("shape", "factor"), [((5, 7), 0), ((5, 7), -8), ((5, 7), 2.5), ((0, 7), 8)])
+def test_pad_to_factor_refuses(shape, factor) -> None:
+    with pytest.raises(UserError, match=r"a picture of \dx7 pixels cannot be padded to multiples of .*; give some"):
+        pad_to_factor(torch.zeros(1, 3, *shape), factor)
+
+
+@pytest.mark.parametrize(("height", "width"), [(9, 4), (4, 9), (0, 4), (4, -1)])
+def test_crop_refuses_what_is_not_there(height, width) -> None:
+    with pytest.raises(UserError, match=f"{height}x{width} pixels cannot be cropped from 8x8; give a size within it"):
+        crop(torch.zeros(1, 3, 8, 8), height, width)
+
+
 def test_reconstruct_pads_and_crops_back_exactly(tmp_path) -> None:
     vae = make_vae()
     vae.save_pretrained(tmp_path / "vae")

@@ -100,6 +100,7 @@ def test_bench_without_a_vae_runs_the_architecture_of_the_config(tmp_path: Path,
     [
         (["--sizes", "17"], "--sizes has 17, it must be a positive multiple of the VAE's factor, 2."),
         (["--sizes", "16", "0"], "--sizes has 0, it must be a positive multiple of the VAE's factor, 2."),
+        (["--sizes", "large"], "--sizes is 'large', it must be a whole number. See sd-vae bench --help."),
         (["--sizes"], "--sizes names no size; give at least one, such as --sizes 512."),
         (["--repeats", "0"], "--repeats is 0, it must be at least 1."),
         (["--dtype", "float64"], "float64"),

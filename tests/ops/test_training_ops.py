@@ -109,6 +109,18 @@ def test_gradients_survive_a_second_forward() -> None:
     assert torch.equal(after, alone)
 
 
+def test_gradients_of_a_model_survive_a_second_forward() -> None:
+    vae, x = narrow_vae().train(), draw(1, 3, 16, 16)
+    weight = vae.decoder.up_blocks[0].resnets[0].conv1.weight
+    (alone,) = torch.autograd.grad(vae(x).sample.square().sum(), weight)
+
+    first = vae(x).sample.square().sum()
+    vae(-x)
+    (after,) = torch.autograd.grad(first, weight)
+
+    assert torch.equal(after, alone)
+
+
 def test_conv3x3_backward_notices_a_weight_changed_in_between() -> None:
     module, x = trainable(32, 32), draw(1, 32, 16, 16).requires_grad_()
     loss = ops.conv3x3(x, module).sum()

@@ -41,9 +41,9 @@ def error(ours: Tensor, theirs: Tensor) -> float:
 
 
 def worst_error(dtype: torch.dtype, *, silu: bool = True, mean: float = 0, scale: float = 1) -> float:
-    """Over 8 seeds."""
+    """Over 4 seeds."""
     worst = 0.0
-    for seed in range(8):
+    for seed in range(4):
         x, weight, bias, num_groups = draw(seed, dtype, mean=mean, scale=scale)
         ours = triton_norm.group_norm_silu(x, weight, bias, num_groups, EPS, silu=silu)
         worst = max(worst, error(ours, reference(x, weight, bias, num_groups, silu=silu)))
