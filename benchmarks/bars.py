@@ -168,6 +168,25 @@ def training_step() -> Result:
     return _of_figures(benchmark.measure())
 
 
+def encode_throughput() -> Result:
+    """JPEG files to latents at 256x256 with the sd1 preset, against diffusers in a loop over a DataLoader: 1.8x."""
+    from benchmarks import encode
+
+    return _of_figures(encode.measure())
+
+
+def encode_memory() -> Result:
+    """Memory while 10,000 pictures are encoded: flat after the first fifth, within 2%."""
+    if sys.platform != "linux":
+        return Result(met=None, figure="not run: reads resident memory from /proc, which needs Linux")
+    from benchmarks import encode
+
+    first, rest = encode.measure_memory()
+    growth = rest / first - 1
+    figure = f"{first:.0f} MiB at most in the first 2,000 of {encode.NUM_SMALL:,} pictures, {rest:.0f} in the rest"
+    return Result(met=growth <= encode.MAX_GROWTH, figure=f"{figure}: {growth:+.1%} (bar {encode.MAX_GROWTH:.0%})")
+
+
 def gpu_speed() -> Result:
     """Decode 512x512 in bf16 on a GPU: 1.6 times the counted floor, 1.2x diffusers compiled in channels_last."""
     if not torch.cuda.is_available():
@@ -195,6 +214,8 @@ BARS: dict[str, Callable[[], Result]] = {
     "demo": demo,
     "cpu_speed": cpu_speed,
     "training_step": training_step,
+    "encode_throughput": encode_throughput,
+    "encode_memory": encode_memory,
     "gpu_speed": gpu_speed,
     "banded_memory": banded_memory,
     "memory_plan": memory_plan,

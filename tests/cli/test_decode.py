@@ -5,6 +5,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import synthetic_store as synthetic
 import torch
@@ -163,6 +166,44 @@ def _store_is_dit(folder: Path) -> list[object]:
     return [folder / "store", "--format", "dit"]
 
 
+def _mds(folder: Path, **changes: object) -> list[object]:
+    """An MDS folder whose index says something else."""
+    run("latents", "export", folder / "store", "--format", "mds", "--out", folder / "x")
+    path = folder / "x" / "index.json"
+    index = json.loads(path.read_text())
+    index["shards"][0] |= changes
+    path.write_text(json.dumps(index))
+    return [folder / "x"]
+
+
+def _mds_compressed(folder: Path) -> list[object]:
+    return _mds(folder, compression="zstd")
+
+
+def _mds_of_texts(folder: Path) -> list[object]:
+    return _mds(folder, column_names=["caption", "key"])
+
+
+def _mds_longer_samples(folder: Path) -> list[object]:
+    run("latents", "export", folder / "store", "--format", "mds", "--out", folder / "x")
+    path = folder / "x" / "shard.00000.mds"
+    content = bytearray(path.read_bytes())
+    content[8] += 1  # where the second sample begins
+    path.write_bytes(content)
+    return [folder / "x"]
+
+
+def _parquet_of_texts(folder: Path) -> list[object]:
+    (folder / "x").mkdir()
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), folder / "x" / "0.parquet")
+    return [folder / "x", "--values", "raw"]
+
+
+def _not_finite(folder: Path) -> list[object]:
+    np.save(folder / "0.npy", np.full((4, 4, 4), np.nan, np.float32))
+    return [folder / "0.npy", "--format", "dit", "--values", "raw"]
+
+
 def _no_limit(folder: Path) -> list[object]:
     return [folder / "store", "--limit", 0]
 
@@ -180,6 +221,11 @@ def _no_limit(folder: Path) -> list[object]:
         (_cut_off, "check that the file is whole"),
         (_store_is_scaled, "is a latent store, which holds raw z; leave out --values"),
         (_store_is_dit, "is a latent store; leave out --format"),
+        (_mds_compressed, "shard.00000.mds is compressed by zstd; unpack it with streaming first"),
+        (_mds_of_texts, "has the columns caption, key, none latents_PIXELS"),
+        (_mds_longer_samples, "ends at byte"),
+        (_parquet_of_texts, "has the columns text, none 'latent'"),
+        (_not_finite, "holds values that are not finite; make it anew, or stop before it with --limit"),
         (_no_limit, "--limit is 0, it must be at least 1"),
     ],
 )

@@ -1,6 +1,7 @@
 """Pictures to stores: the same bytes however the work is done, and what is said when it cannot be."""
 
 import dataclasses
+import gc
 import itertools
 from pathlib import Path
 
@@ -11,9 +12,9 @@ from PIL import Image
 from synthetic_store import contents
 
 from sd_vae.autoencoder import AutoencoderKL
-from sd_vae.data import PictureTransform, open_records
+from sd_vae.data import Picture, PictureTransform, open_records
 from sd_vae.errors import UserError
-from sd_vae.latents import LatentDataset, LatentStore, verify
+from sd_vae.latents import Item, LatentDataset, LatentStore, verify
 from sd_vae.latents.encode import EncodeConfig, Encoded, encode, reencoder
 
 CONFIG = EncodeConfig(
@@ -198,6 +199,23 @@ def test_encode_rejects_what_is_not_finite_in_float32(photos, tmp_path, tiny_vae
 
     assert done.reasons == {"not-finite": 1, "empty": 1}
     assert "2 of 2 latents hold NaN or infinity" in (tmp_path / "store" / "rejects.jsonl").read_text()
+
+
+def test_encode_holds_few_pictures_at_once(photos, tmp_path, tiny_vae) -> None:
+    held: list[int] = []
+    records = Stream(photos, 120)
+    ten = list(open_records(str(photos)).read())
+    records.read = lambda start=0, stop=None: (dataclasses.replace(ten[n % 10], position=n) for n in range(start, 120))
+
+    def look(step) -> None:
+        if step.num_done % 20 == 0:
+            held.append(sum(type(one) in (Picture, Item) for one in gc.get_objects()))
+
+    encode(tiny_vae, records, tmp_path / "store", CONFIG, progress=look)
+
+    assert len(held) == 7
+    # A chunk of 8 pictures, 4 that are being encoded or wait to be, and a shard's 8 items: 20 at most, 18 seen.
+    assert max(held) <= 24
 
 
 def test_encode_names_a_device_that_is_out_of_memory(photos, tmp_path, tiny_vae, monkeypatch) -> None:
