@@ -205,7 +205,7 @@ def test_report_of_one_photo_and_nothing_else_leaves_the_rest_out(write, tiny_va
     page, numbers = write(result, summary=(), curves=None, sections=(), provenance=None)
 
     assert "Curves" not in page.texts
-    assert "How it was made" not in page.texts
+    assert "Seed" not in page.texts
     assert "Photo by photo" not in page.texts
     assert numbers["curves"] == {}
 
@@ -263,13 +263,3 @@ def test_report_refuses_a_negative_gallery(write):
 def test_report_refuses_to_rank_by_what_has_no_direction(write):
     with pytest.raises(UserError, match="cannot be ranked by 'kl'; choose one of: psnr_db, ssim, mean_difference"):
         write(worst_by="kl")
-
-
-def test_report_shows_the_worst_photos_worst_first(write, evaluation):
-    page, _ = write(worst=2, worst_by="ssim")
-
-    values = {photo.name: photo.metrics["ssim"] for photo in evaluation.rows[0].photos}
-    worst = sorted(values, key=values.__getitem__)[:2]
-    gallery = page.text.partition("Where it does worst")[2].partition("How photos differ")[0]
-    assert gallery.index(worst[0]) < gallery.index(worst[1])
-    assert sum(name in gallery for name in values) == 2
