@@ -1,8 +1,9 @@
 """A run's checkpoints: written whole or not at all, pruned, found again.
 
-`checkpoints/step-NNNNNNN/` holds `model.safetensors` and `ema.safetensors` (the VAE's own parameter names, fp32),
-`optimizer.pt` (optimizer, schedule and gradient scaler; tensors and numbers only, read without running a pickle) and
-`state.json` (step, samples consumed, format version). `checkpoints/last` is a link to the newest.
+`checkpoints/step-NNNNNNN/` holds `model.safetensors` and `ema.safetensors` (the VAE's own parameter names, fp32), with
+an adversarial term `discriminator.safetensors` and `lecam.safetensors`, with a learned log-variance
+`output.safetensors`; `optimizer.pt` (optimizers, schedules and gradient scaler; tensors and numbers only, read without
+running a pickle) and `state.json` (step, samples consumed, format version). `checkpoints/last` is a link to the newest.
 """
 
 import logging
@@ -50,6 +51,12 @@ class Progress:
     """Metrics of the last validation."""
     unreadable: tuple[str, ...] = ()
     """Pictures that could not be read so far, on any process."""
+    skipped: int = 0
+    """Updates that were not taken because loss or gradient was not finite."""
+    rejects: int = 0
+    """Attempts to read a picture that failed so far, on all processes."""
+    num_processes: int = 0
+    """Processes that trained; 0 where an older version did not say."""
 
 
 def save_checkpoint(

@@ -100,7 +100,7 @@ vae = AutoencoderKL.from_pretrained("path/to/this/folder")
 ```
 
 - Started from: {start}; trained: {config.model.trainable}
-- Data: `{config.data.train}`, {config.data.size}x{config.data.size} crops
+- Data: {", ".join(f"`{source}`" for source in config.data.sources)}, {config.data.size}x{config.data.size} crops
 - Loss: {" + ".join(losses)}
 - {results["step"]} optimizer steps, {results["samples"]} pictures seen, seed {config.seed}
 - Weights: {"exponential moving average, decay " + format(config.ema_decay, "g") if config.ema_decay else "last step"}

@@ -3,13 +3,14 @@
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from sd_vae.autoencoder import AutoencoderKL
 from sd_vae.checkpoints import save_vae
 from sd_vae.errors import UserError
-from sd_vae.files import make_folder, require_own_folder, write_json, write_text
+from sd_vae.files import finite, make_folder, require_own_folder, write_json, write_text
 
 from .config import TrainConfig
 from .records import model_card
@@ -44,8 +45,8 @@ def require_new_run(config: TrainConfig, *, overwrite: bool) -> None:
     """
     folder = Path(config.out)
     require_own_folder(folder, OWN, kind="a run folder", overwrite=overwrite)
-    for name, source in _sources(config).items():
-        if source is None or not Path(source).exists():
+    for name, source in _sources(config):
+        if not Path(source).exists():
             continue
         place, out = Path(source).resolve(), folder.resolve()
         if place.is_relative_to(out):
@@ -69,53 +70,57 @@ def make_run_folder(folder: Path, *, is_new: bool) -> None:
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     """The config with local paths made absolute, so that a run can be resumed from anywhere."""
-
-    def absolute(spec: str | None) -> str | None:
-        return str(Path(spec).resolve()) if spec is not None and Path(spec).exists() else spec
-
-    return _with_sources(config, {name: absolute(source) for name, source in _sources(config).items()})
+    return _with_sources(config, lambda spec: str(Path(spec).resolve()))
 
 
 def shareable(config: TrainConfig) -> TrainConfig:
     """The config for others to read: local paths shortened to their last part."""
-
-    def shorten(spec: str | None) -> str | None:
-        return Path(spec).name if spec is not None and Path(spec).exists() else spec
-
-    return _with_sources(
-        dataclasses.replace(config, out=Path(config.out).name),
-        {name: shorten(source) for name, source in _sources(config).items()},
-    )
+    return dataclasses.replace(_with_sources(config, lambda spec: Path(spec).name), out=Path(config.out).name)
 
 
 def write_result(config: TrainConfig, vae: AutoencoderKL, report: dict[str, Any]) -> RunResult:
     """Save a trained VAE with its provenance and model card, then the report that makes its run a finished one."""
     folder, public = Path(config.out), shareable(config)
-    metadata = {"recipe": json.dumps(dataclasses.asdict(public)), "training": json.dumps(report)}
+    metadata = {"recipe": json.dumps(dataclasses.asdict(public)), "training": json.dumps(finite(report))}
     save_vae(vae, folder / "vae", metadata=metadata, overwrite=True)
     write_text(folder / "vae" / "README.md", model_card(public, report))
     write_json(folder / "report.json", report)
     return RunResult(folder=folder, report=report)
 
 
-def _with_sources(config: TrainConfig, sources: dict[str, str | None]) -> TrainConfig:
-    """The config with what it reads replaced, by the name of the field."""
-    perceptual = dataclasses.replace(config.loss.perceptual, backbone=sources["loss.perceptual.backbone"])
+def _with_sources(config: TrainConfig, change: Callable[[str], str]) -> TrainConfig:
+    """The config with the local paths that it reads changed."""
+
+    def changed(spec: str | None) -> str | None:
+        return spec if spec is None or not _is_local(spec) else change(spec)
+
+    data, perceptual = config.data, config.loss.perceptual
+    sources = tuple(change(spec) if _is_local(spec) else spec for spec in data.sources)
     return dataclasses.replace(
         config,
         data=dataclasses.replace(
-            config.data, train=sources["data.train"] or config.data.train, validation=sources["data.validation"]
+            data,
+            train=sources if isinstance(data.train, tuple) else sources[0],
+            validation=changed(data.validation),
         ),
-        model=dataclasses.replace(config.model, pretrained=sources["model.pretrained"]),
-        loss=dataclasses.replace(config.loss, perceptual=perceptual),
+        model=dataclasses.replace(config.model, pretrained=changed(config.model.pretrained)),
+        loss=dataclasses.replace(
+            config.loss, perceptual=dataclasses.replace(perceptual, backbone=changed(perceptual.backbone))
+        ),
     )
 
 
-def _sources(config: TrainConfig) -> dict[str, str | None]:
-    """What a run reads, by the name of its field."""
-    return {
-        "data.train": config.data.train,
-        "data.validation": config.data.validation,
-        "model.pretrained": config.model.pretrained,
-        "loss.perceptual.backbone": config.loss.perceptual.backbone,
-    }
+def _is_local(spec: str) -> bool:
+    """Whether a source is a path of this machine: it is there, or stands for tars, of which some may be missing."""
+    return Path(spec).exists() or (spec.endswith(".tar") and "://" not in spec)
+
+
+def _sources(config: TrainConfig) -> list[tuple[str, str]]:
+    """What a run reads, with the name of its field."""
+    sources = [
+        *(("data.train", spec) for spec in config.data.sources),
+        ("data.validation", config.data.validation),
+        ("model.pretrained", config.model.pretrained),
+        ("loss.perceptual.backbone", config.loss.perceptual.backbone),
+    ]
+    return [(name, spec) for name, spec in sources if spec is not None]

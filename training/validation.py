@@ -12,7 +12,7 @@ from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from sd_vae.autoencoder import AutoencoderKL
-from sd_vae.data import ImageSource, center_crop
+from sd_vae.data import Images, center_crop
 from sd_vae.errors import UserError
 from sd_vae.files import atomic_file
 from sd_vae.images import to_pil
@@ -21,7 +21,7 @@ from sd_vae.losses import Objective
 __all__ = ["latent_moments", "load_photos", "require_readable", "save_picture", "validate"]
 
 
-def require_readable(source: ImageSource) -> None:
+def require_readable(source: Images) -> None:
     """Check that a source holds a picture that can be read, before a run begins.
 
     Raises:
@@ -40,7 +40,7 @@ def require_readable(source: ImageSource) -> None:
 logger = logging.getLogger(__name__)
 
 
-def load_photos(source: ImageSource, num_images: int, size: int) -> Tensor:
+def load_photos(source: Images, num_images: int, size: int) -> Tensor:
     """Return the first readable photos of a source, resized and centre-cropped, (N, 3, size, size) in [-1, 1].
 
     Args:

@@ -15,8 +15,12 @@ class DataConfig:
 
     __pydantic_config__ = STRICT
 
-    train: str
-    """Folder of pictures (with the folders below it), parquet file or folder of them, or hf://DATASET[:SPLIT]."""
+    train: str | tuple[str, ...]
+    """Folder of pictures (with the folders below it), parquet file or folder of them, WebDataset tars (one, a folder of
+    them, or shards/{0000..0099}.tar), or hf://DATASET[:SPLIT]; or several of these."""
+    weights: tuple[float, ...] = ()
+    """Share of the samples that comes from each of several sources, relative to the others; by their number of pictures
+    where none are given."""
     validation: str | None = None
     """Held-out pictures, from the same kinds of place; reconstructed at intervals, never trained on."""
     size: int = 256
@@ -30,7 +34,21 @@ class DataConfig:
     """Processes that read pictures, for each training process; 0 reads in the training process. Crops do not depend
     on it."""
     image_column: str = "image"
-    """Column with the pictures in parquet files and hub data sets."""
+    """Column with the pictures in parquet files and hub data sets; in tars, where it is not `image`, their ending."""
+    streaming: bool = False
+    """Read hub data sets without downloading them first. Every process reads all of a stream."""
+    shuffle_window: int = 20_000
+    """Tars and streams are shuffled within windows of this many pictures, after their tars have been; what is needed at
+    a time then lies close together. Of a stream, a window is held in memory. 0 shuffles all tars as a whole."""
+    timeout_s: float = 300.0
+    """Seconds without a picture after which a stream is opened again, and a batch of the workers ends the run."""
+    retries: int = 5
+    """Times in a row that a stream is opened again."""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """What `train` names, one or several."""
+        return (self.train,) if isinstance(self.train, str) else self.train
 
     def __post_init__(self) -> None:
         """Check the rules.
@@ -40,16 +58,27 @@ class DataConfig:
         """
         problems = [
             f"data.{name} is empty, name a folder, a parquet file or hf://DATASET"
-            for name in ("train", "validation")
-            if getattr(self, name) == ""
+            for name, specs in (("train", self.sources), ("validation", (self.validation,)))
+            if "" in specs or not specs
         ]
+        if len(set(self.sources)) < len(self.sources):
+            problems.append("data.train names a source twice; give it more weight instead")
+        if self.weights and len(self.weights) != len(self.sources):
+            problems.append(
+                f"data.weights holds {len(self.weights)} numbers for {len(self.sources)} sources in data.train"
+            )
+        if not all(0 < weight < math.inf for weight in self.weights):
+            problems.append(f"data.weights is {list(self.weights)}, each must be a finite number above 0")
         if self.size < 1:
             problems.append(f"data.size is {self.size}, it must be at least 1 pixel")
         smallest, largest = self.crop_scale
         if not (math.isfinite(largest) and 0 < smallest <= largest <= 1):
             problems.append(f"data.crop_scale is ({smallest}, {largest}), it must satisfy 0 < smallest <= largest <= 1")
-        if self.num_workers < 0:
-            problems.append(f"data.num_workers is {self.num_workers}, it must be 0 or more")
+        for name in ("num_workers", "shuffle_window", "retries"):
+            if getattr(self, name) < 0:
+                problems.append(f"data.{name} is {getattr(self, name)}, it must be 0 or more")
+        if not 0 < self.timeout_s < math.inf:
+            problems.append(f"data.timeout_s is {self.timeout_s}, it must be a finite number of seconds above 0")
         if not self.image_column:
             problems.append("data.image_column is empty, name the column with the pictures")
         if problems:

@@ -1,28 +1,38 @@
 """Batches of training crops from a stream that has no state: sample p of a run is a pure function of (seed, p).
 
-Position p stands for epoch p // n and place p % n in that epoch's permutation of the n pictures. The stream is dealt
-out to processes in rows: of every world_size * batch_size consecutive samples, process r takes the r-th batch_size. So
-the union over processes is what one process with the bigger batch sees, and a run resumes from one number.
+Of one source, position p stands for epoch p // n and place p % n in that epoch's permutation of the n pictures;
+`stream_order` has the rest. The stream is dealt out to processes in rows: of every world_size * batch_size consecutive
+samples, process r takes the r-th batch_size. So the union over processes is what one process with the bigger batch
+sees, and a run resumes from one number, also with another number of processes.
 
 Shapes: B batch, S side of the crops in pixels.
 """
 
 from __future__ import annotations
 
+import io
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sd_vae.data.config import DataConfig
-from sd_vae.data.randomness import epoch_permutation, sample_rng
-from sd_vae.data.sources import ImageSource
+from sd_vae.data.randomness import sample_rng
+from sd_vae.data.records import Record
+from sd_vae.data.stream import Images, TrainingSource
 from sd_vae.data.transforms import random_resized_crop
 from sd_vae.errors import UserError
+from sd_vae.images import open_image
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Address = tuple[int, int, Record | None]
+"""Epoch, number of the picture, and the picture itself where it comes from a stream."""
 
 __all__ = ["Batch", "TrainingLoader", "ignore_interrupts", "training_loader"]
 
@@ -41,7 +51,7 @@ class Batch(NamedTuple):
 
 
 def training_loader(
-    source: ImageSource,
+    source: TrainingSource | Images,
     config: DataConfig,
     *,
     batch_size: int,
@@ -55,7 +65,7 @@ def training_loader(
 
     Args:
         source: Pictures.
-        config: Crops and number of workers.
+        config: Crops, number of workers, and how long to wait for a batch of theirs.
         batch_size: Samples a batch and process.
         seed: Seed of order and crops.
         start: Samples that all processes together have consumed before; the stream goes on from there.
@@ -63,10 +73,13 @@ def training_loader(
         world_size: Number of processes.
         pin_memory: Put batches into page-locked memory, for a GPU.
     """
+    if not isinstance(source, TrainingSource):
+        source = TrainingSource([source], [], [], seed, config.shuffle_window)
     return TrainingLoader(
         DataLoader(
             _Crops(source, config, seed),
-            batch_sampler=_Stream(len(source), seed, start, batch_size, rank, world_size),
+            batch_sampler=_Stream(source, start, batch_size, rank, world_size),
+            timeout=config.timeout_s if config.num_workers else 0.0,
             num_workers=config.num_workers,
             collate_fn=_collate,
             pin_memory=pin_memory,
@@ -80,7 +93,7 @@ class TrainingLoader:
     """An endless iterable of `Batch`; every iteration begins at the same start.
 
     Raises:
-        UserError: While iterating: no picture of the source can be read.
+        UserError: While iterating: no picture of the source can be read, or no batch comes in time.
     """
 
     def __init__(self, batches: DataLoader[Any]) -> None:
@@ -88,10 +101,18 @@ class TrainingLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield batches without end."""
-        for batch in self.batches:
-            if isinstance(batch, str):
-                raise UserError(batch)
-            yield batch
+        try:
+            for batch in self.batches:
+                if isinstance(batch, str):
+                    raise UserError(batch)
+                yield batch
+        except RuntimeError as error:
+            if "timed out" not in str(error):
+                raise
+            raise UserError(
+                f"the workers gave no batch for {self.batches.timeout:g} s; check the disk or the network, raise "
+                "data.timeout_s, or set data.num_workers to 0, then go on with --resume."
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -104,62 +125,60 @@ class _Sample:
     unreadable: list[str]
 
 
-class _Stream(Sampler[list[tuple[int, int]]]):
-    """Addresses (epoch, index) of one process's batches, without end."""
+class _Stream(Sampler[list[Address]]):
+    """Addresses of one process's batches, without end."""
 
-    def __init__(self, num_samples: int, seed: int, start: int, batch_size: int, rank: int, world_size: int) -> None:
-        self.num_samples = num_samples
-        self.seed = seed
+    def __init__(self, source: TrainingSource, start: int, batch_size: int, rank: int, world_size: int) -> None:
+        self.source = source
         self.first = start + rank * batch_size
         self.batch_size = batch_size
         self.stride = world_size * batch_size
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        orders: dict[int, list[int]] = {}
+    def __iter__(self) -> Iterator[list[Address]]:
         position = self.first
         while True:
-            addresses = []
-            for p in range(position, position + self.batch_size):
-                epoch, place = divmod(p, self.num_samples)
-                if epoch not in orders:
-                    orders = {epoch: epoch_permutation(self.seed, epoch, self.num_samples).tolist()}
-                addresses.append((epoch, orders[epoch][place]))
-            yield addresses
+            yield [self.source.address(p) for p in range(position, position + self.batch_size)]
             position += self.stride
 
 
 class _Crops(Dataset[_Sample]):
     """Crops by address."""
 
-    def __init__(self, source: ImageSource, config: DataConfig, seed: int) -> None:
+    def __init__(self, source: TrainingSource, config: DataConfig, seed: int) -> None:
         self.source = source
         self.config = config
         self.seed = seed
 
-    def __getitem__(self, address: tuple[int, int]) -> _Sample:
-        epoch, index = address
-        config, num_samples = self.config, len(self.source)
-        unreadable: list[str] = []
-        for offset in range(num_samples):
+    def __getitem__(self, address: Address) -> _Sample:
+        epoch, index, record = address
+        unreadable: dict[str, None] = {}
+        for candidate in [index] if record is not None else self.source.candidates(epoch, index):
             try:
-                image = self.source.load((index + offset) % num_samples)
+                image = self.source.load(candidate) if record is None else _open(record)
             except UserError as error:
-                unreadable.append(str(error))
+                unreadable[str(error)] = None
                 continue
-            rng = sample_rng(self.seed, epoch, index, "crop")
+            config, rng = self.config, sample_rng(self.seed, epoch, index, "crop")
             x = random_resized_crop(image, config.size, config.crop_scale, config.flip, rng)
-            return _Sample(x, epoch, index, unreadable)
-        return _Sample(None, epoch, index, unreadable)
+            return _Sample(x, epoch, index, list(unreadable))
+        return _Sample(None, epoch, index, list(unreadable))
+
+
+def _open(record: Record) -> Image.Image:
+    return open_image(io.BytesIO(record.data), record.source)
 
 
 def _collate(samples: list[_Sample]) -> Batch | str:
     """The batch, or the user's error as text: an exception that leaves a worker arrives with its traceback in it."""
     unreadable = [line for sample in samples for line in sample.unreadable]
     crops = [sample.x for sample in samples if sample.x is not None]
-    if len(crops) < len(samples):
+    if not crops:
         return f"none of the {len(set(unreadable))} pictures can be read; the first: {unreadable[0]}"
+    # Of a stream only this batch is at hand, so a crop of it stands in for one that cannot be read.
     return Batch(
-        torch.stack(crops),
+        torch.stack(
+            [crops[number % len(crops)] if sample.x is None else sample.x for number, sample in enumerate(samples)]
+        ),
         torch.tensor([sample.epoch for sample in samples]),
         torch.tensor([sample.index for sample in samples]),
         unreadable,

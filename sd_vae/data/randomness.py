@@ -19,11 +19,18 @@ from sd_vae.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["epoch_permutation", "posterior_noise", "sample_rng"]
+__all__ = ["epoch_permutation", "posterior_noise", "sample_rng", "stream_rng"]
 
-Purpose = Literal["order", "crop", "posterior"]
+Purpose = Literal["order", "crop", "posterior", "window", "mixture", "replacement"]
 
-_STREAMS: dict[Purpose, int] = {"order": 0, "crop": 1, "posterior": 2}
+_STREAMS: dict[Purpose, int] = {
+    "order": 0,
+    "crop": 1,
+    "posterior": 2,
+    "window": 3,
+    "mixture": 4,
+    "replacement": 5,
+}
 """Number of each purpose's stream; changing one changes every run."""
 
 
@@ -33,14 +40,23 @@ def sample_rng(seed: int, epoch: int, index: int, purpose: Purpose) -> np.random
     Raises:
         UserError: `seed` is negative.
     """
+    return stream_rng(seed, purpose, epoch, index)
+
+
+def stream_rng(seed: int, purpose: Purpose, *key: int) -> np.random.Generator:
+    """Return the generator of one purpose and key, independent of all others.
+
+    Raises:
+        UserError: `seed` is negative.
+    """
     if seed < 0:
         raise UserError(f"seed is {seed}, it must be 0 or more; choose another.")
-    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_STREAMS[purpose], epoch, index)))
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_STREAMS[purpose], *key)))
 
 
-def epoch_permutation(seed: int, epoch: int, num_samples: int) -> NDArray[np.int64]:
-    """Return the order of an epoch, a permutation of 0 ... num_samples - 1."""
-    return sample_rng(seed, epoch, 0, "order").permutation(num_samples)
+def epoch_permutation(seed: int, epoch: int, num_samples: int, source: int = 0) -> NDArray[np.int64]:
+    """Return the order of an epoch, a permutation of 0 ... num_samples - 1, for one source of several."""
+    return sample_rng(seed, epoch, source, "order").permutation(num_samples)
 
 
 def posterior_noise(seed: int, epochs: Iterable[Any], indices: Iterable[Any], shape: Sequence[int]) -> Tensor:

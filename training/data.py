@@ -1,0 +1,136 @@
+"""From a config to pictures: what a run trains on and looks at, its batches, and what of it could not be read."""
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from sd_vae.data import Batch, open_images, open_training_source, training_loader
+from sd_vae.errors import UserError
+
+from .checkpoint import Progress
+from .config import TrainConfig
+from .validation import load_photos, require_readable
+
+__all__ = ["TrainingData"]
+
+logger = logging.getLogger(__name__)
+
+NUM_LISTED = 1000
+"""Unreadable pictures that a checkpoint names; those beyond are counted."""
+
+
+class TrainingData:
+    """The pictures of a run, on one of its processes.
+
+    Args:
+        config: The run.
+        accelerator: Says which process this is, of how many.
+
+    Raises:
+        UserError: A source is not there, holds no picture that can be read, or is not what the config says.
+    """
+
+    def __init__(self, config: TrainConfig, accelerator: Accelerator) -> None:
+        self.config = config
+        self.accelerator = accelerator
+        with accelerator.main_process_first():  # it makes the index of tars, which the others find
+            self.source = open_training_source(config.data, config.seed)
+        for images in self.source.images:
+            require_readable(images)
+        self.photos = self._validation_photos()
+        self.num_rejects = 0
+        """Attempts of this process to read a picture that failed, since the run or its last resumption began."""
+        self.rejects_before = 0
+        """Those of all processes until then."""
+        self.unreadable: dict[str, None] = {}
+        """Why pictures could not be read, each once, in the order they were met."""
+
+    def batches(self, start: int) -> Iterator[Batch]:
+        """Yield the batches of this process without end, from sample `start` of the run on."""
+        self._note(self.source.problems)
+        loader = training_loader(
+            self.source,
+            self.config.data,
+            batch_size=self.config.batch_size,
+            seed=self.config.seed,
+            start=start,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+        for batch in loader:
+            self.num_rejects += len(batch.unreadable)
+            self._note(batch.unreadable)
+            yield batch
+
+    def first_photos(self, num_images: int) -> Tensor:
+        """Return training photos, resized and centre-cropped, (N, 3, S, S) in [-1, 1]; as many of each source."""
+        if not self.source.images:
+            return next(iter(training_loader(self.source, self.config.data, batch_size=num_images, seed=0))).x
+        share = max(1, num_images // len(self.source.images))
+        return torch.cat([load_photos(images, share, self.config.data.size) for images in self.source.images])
+
+    @property
+    def described(self) -> str:
+        """How many pictures there are, in words."""
+        streams = [stream.spec for stream in self.source.streams]
+        pictures = [f"{len(self.source):,} pictures"] if self.source.images else []
+        return " and ".join([*pictures, *streams])
+
+    def noted(self, progress: Progress) -> Progress:
+        """Return the progress with what all processes together could not read, `NUM_LISTED` reasons at most."""
+        names, rejects = list(self.unreadable), [self.num_rejects]
+        if self.accelerator.num_processes > 1:
+            names, rejects = gather_object(names), gather_object(rejects)
+        return dataclasses.replace(
+            progress,
+            unreadable=tuple(dict.fromkeys(names))[:NUM_LISTED],
+            rejects=self.rejects_before + sum(rejects),
+            num_processes=self.accelerator.num_processes,
+        )
+
+    def go_on_from(self, before: Progress) -> None:
+        """Take up a checkpoint's position, and say what is not as it was.
+
+        Raises:
+            UserError: There are more or fewer pictures than before, so the order would differ.
+        """
+        if before.num_pictures != len(self.source):
+            raise UserError(
+                f"{self.source.spec} holds {len(self.source)} pictures, the checkpoint of step {before.step} was "
+                f"trained on {before.num_pictures}, so the order would differ; restore them, or start anew."
+            )
+        self.unreadable = dict.fromkeys(before.unreadable)
+        self.rejects_before = before.rejects
+        if before.num_processes not in (0, self.accelerator.num_processes):
+            now, then = self.accelerator.num_processes, before.num_processes
+            pictures = self.config.batch_size * self.config.gradient_accumulation_steps
+            logger.warning(
+                "%d process%s now, %d before: a step is %d pictures, it was %d. The order goes on at picture %d; none "
+                "is left out and none comes twice. Adjust batch_size or optim.lr if the step's size matters",
+                *(now, "" if now == 1 else "es", then, now * pictures, then * pictures, before.samples),
+            )
+        for stream in self.source.streams:
+            logger.warning(
+                "%s is a stream without an index: it is read again up to picture %d; pictures of a stream that has "
+                "changed since come at least once, some twice",
+                *(stream.spec, before.samples),
+            )
+
+    def _validation_photos(self) -> Tensor | None:
+        data = self.config.data
+        if data.validation is None:
+            return None
+        source = open_images(data.validation, image_column=data.image_column)
+        return load_photos(source, self.config.num_validation_images, data.size)
+
+    def _note(self, reasons: list[str]) -> None:
+        for reason in reasons:
+            if reason not in self.unreadable:
+                logger.warning("left out: %s", reason)
+                self.unreadable[reason] = None
