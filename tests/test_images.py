@@ -9,6 +9,7 @@ from PIL import Image, ImageCms
 from sd_vae.errors import UserError
 from sd_vae.images import (
     FORMATS,
+    IMAGE_SUFFIXES,
     crop,
     list_images,
     open_image,
@@ -288,10 +289,31 @@ def test_list_images_is_sorted_and_goes_below(tmp_path):
     assert [path.relative_to(tmp_path).as_posix() for path in list_images(tmp_path)] == ["b/a.JPG", "z.png"]
 
 
+@pytest.mark.parametrize("suffix", sorted(IMAGE_SUFFIXES))
+def test_image_suffixes_name_formats_that_are_decoded(suffix):
+    Image.init()
+    kind = Image.registered_extensions().get(suffix, "PNG" if suffix == ".apng" else None)
+
+    assert kind in FORMATS or (suffix == ".avif" and "AVIF" not in Image.OPEN)  # Pillow built without it
+
+
+@pytest.mark.parametrize("suffix", ["jfif", "JP2", "avif", "png"])
+def test_list_images_finds_what_pillow_reads(tmp_path, suffix):
+    path = tmp_path / f"photo.{suffix}"
+    Image.init()
+    kind = Image.registered_extensions().get(f".{suffix.lower()}")
+    if kind not in Image.SAVE:
+        pytest.skip(f"this Pillow does not write {suffix}")
+    Image.fromarray(RAMP).convert("RGB").save(path)
+
+    assert list_images(tmp_path) == [path]
+    assert open_image(path).size == (16, 16)
+
+
 def test_list_images_names_a_folder_without_pictures(tmp_path):
     (tmp_path / "notes.txt").touch()
 
-    with pytest.raises(UserError, match=r"holds no pictures \(bmp, .*\); give a folder that does"):
+    with pytest.raises(UserError, match=r"holds no pictures \(apng, avif, bmp, .*\); give a folder that does"):
         list_images(tmp_path)
 
 
