@@ -206,6 +206,19 @@ def plan_errors() -> Iterator[tuple[Run, float, float]]:
         yield untiled, measure(untiled).peak_gib, plan.untiled_gib
 
 
+def measure_plan() -> float:
+    """Measure what `plan_memory` predicts, append the table to benchmarks/memory.md, and return the largest error."""
+    lines = ["| run | way | measured GiB | predicted GiB | error |", "|---|---|--:|--:|--:|"]
+    errors = []
+    for run, measured, predicted in plan_errors():
+        size = f"{run.task} {run.batch_size} x {run.height}x{run.width} {run.dtype}"
+        errors.append(predicted / measured - 1)
+        lines.append(f"| {size} | {run.way} | {measured:.3f} | {predicted:.3f} | {errors[-1]:+.0%} |")
+        print(lines[-1], flush=True)
+    append(TABLE, HEAD, "\n".join(lines), "python -m benchmarks.memory --plan")
+    return max(map(abs, errors))
+
+
 def to_markdown(rows: list[Row]) -> str:
     """The table."""
     lines = ["| task | way | peak GiB | memory | s | time | difference |", "|---|---|--:|--:|--:|--:|--:|"]
@@ -234,13 +247,7 @@ def main(argv: list[str]) -> int:
         return 0
     command = " ".join(["python -m benchmarks.memory", *argv])
     if options.plan:
-        lines = ["| run | way | measured GiB | predicted GiB | error |", "|---|---|--:|--:|--:|"]
-        for run, measured, predicted in plan_errors():
-            size = f"{run.task} {run.batch_size} x {run.height}x{run.width} {run.dtype}"
-            error = predicted / measured - 1
-            lines.append(f"| {size} | {run.way} | {measured:.3f} | {predicted:.3f} | {error:+.0%} |")
-            print(lines[-1], flush=True)
-        append(TABLE, HEAD, "\n".join(lines), command)
+        measure_plan()
         return 0
     rows: list[Row] = []
     for name in options.tasks:

@@ -53,10 +53,13 @@ class PeakMemory(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, and count what it made."""
         result = func(*args, **(kwargs or {}))
+        is_convolution = func is torch.ops.aten.convolution.default and dispatch.planned_device() == "cpu"
+        if is_convolution and _is_channels_last(args[0]):
+            result = result.to(memory_format=torch.channels_last)  # as the device would; "meta" forgets it
         for leaf in [result] if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._count(leaf.untyped_storage())
-        if func is torch.ops.aten.convolution.default and dispatch.planned_device() == "cpu":
+        if is_convolution:
             self.peak_bytes = max(self.peak_bytes, self._live_bytes + _reordered_bytes(*args[:2]))
         return result
 
@@ -80,9 +83,14 @@ def _reordered_bytes(x: Tensor, weight: Tensor) -> int:
 
     Half precision runs in channels_last, whatever the layout on "meta".
     """
-    if x.dtype != torch.float32 or x.is_contiguous(memory_format=torch.channels_last):
+    if x.dtype != torch.float32 or _is_channels_last(x):
         return 2 * weight.nbytes if weight.shape[-1] > 1 else 0
     return x.nbytes + weight.nbytes
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    """Whether pixels lie in order, which the plain network's maps do after the attention of a batch above one."""
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 class PlannedEngine(CompiledEngine):
