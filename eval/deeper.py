@@ -183,7 +183,7 @@ class TilingCheck:
 
     def __init__(self, name: str, vae: Any) -> None:
         require_autoencoder(name, vae)
-        if not hasattr(vae, "enable_tiling"):
+        if not _can_tile(vae):
             raise UserError(f"{name} is a {type(vae).__name__}, which cannot tile; leave --tiling-check out.")
         self._name, self._vae = name, vae
 
@@ -241,6 +241,10 @@ class Deeper:
         if self.tiling:
             found.append(TilingCheck(name, first))
         return found
+
+
+def _can_tile(vae: Any) -> bool:
+    return hasattr(vae, "enable_tiling") and hasattr(vae, "disable_tiling")
 
 
 def _key(row: str, metric: str, at: int) -> str:

@@ -12,6 +12,7 @@ Source: Heusel et al., "GANs Trained by a Two Time-Scale Update Rule", arXiv 170
 from __future__ import annotations
 
 import tempfile
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO
@@ -53,7 +54,8 @@ class FeatureFile:
         self.metric = metric
         self.row = row
         self.num_features = num_features
-        self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as this object
+        self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
+        weakref.finalize(self, self._file.close)
 
     def __len__(self) -> int:
         """Return the number of pictures."""
