@@ -41,8 +41,15 @@ class ModelConfig:
     """Random weights to start from: PyTorch's, or `near_identity`, which learns faster at the beginning."""
     pretrained: str | None = None
     """Weights to start from: folder, file or hub id, in any layout that `sd_vae.load_vae` reads."""
-    trainable: Literal["all", "decoder"] = "all"
-    """`decoder` freezes encoder and quant_conv, so that latents stay those of the weights it started from."""
+    trainable: Literal["all", "decoder", "parts", "lora"] = "all"
+    """`decoder` freezes encoder and quant_conv, so that latents stay those of the weights it started from; `parts`
+    trains what `parts` names; `lora` trains low-rank additions to the decoder, which are merged into the result."""
+    parts: tuple[str, ...] = ()
+    """With `trainable: parts`: beginnings of parameter names, such as decoder.up_blocks.3 or decoder.conv_out."""
+    lora_rank: int = 16
+    """Rank of LoRA's additions to every convolution and projection of the decoder."""
+    lora_alpha: float = 16.0
+    """LoRA's additions are scaled by lora_alpha / lora_rank."""
     scaling_factor: Literal["auto", "keep"] = "auto"
     """`auto` measures it on training photos after training from random weights, and else keeps it; `keep` keeps it."""
     gradient_checkpointing: bool = False
@@ -51,18 +58,30 @@ class ModelConfig:
     """Store feature maps as (B, H, W, C) in memory, which oneDNN and cuDNN prefer; same numbers up to rounding."""
 
     def __post_init__(self) -> None:
-        """Check the preset's name.
+        """Check the rules.
 
         Raises:
-            UserError: No such preset.
+            UserError: Lists every rule that is broken, with its values.
         """
+        problems = []
         if self.preset not in PRESETS:
-            raise UserError(f"model.preset is {self.preset!r}, choose one of: {', '.join(PRESETS)}.")
+            problems.append(f"model.preset is {self.preset!r}, choose one of: {', '.join(PRESETS)}")
+        if (self.trainable == "parts") != bool(self.parts):
+            problems.append(
+                f"model.trainable is {self.trainable} and model.parts {list(self.parts)}; name parts with "
+                "model.trainable parts and with no other"
+            )
+        if self.lora_rank < 1:
+            problems.append(f"model.lora_rank is {self.lora_rank}, it must be at least 1")
+        if not 0 < self.lora_alpha < math.inf:
+            problems.append(f"model.lora_alpha is {self.lora_alpha}, it must be a finite number above 0")
+        if problems:
+            raise UserError("; ".join(problems) + ".")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW, its learning rate over the steps, and clipping."""
+    """AdamW, its learning rate over the steps, and clipping; of the autoencoder and of its discriminator."""
 
     __pydantic_config__ = STRICT
 
@@ -79,7 +98,9 @@ class OptimConfig:
     warmup_steps: int = 0
     """Optimizer steps over which the learning rate rises from 0."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm; 0 leaves them alone."""
+    """Gradients are scaled down to this norm, those of each network by themselves; 0 leaves them alone."""
+    discriminator_lr: float | None = None
+    """Learning rate of the discriminator after warm-up; the same as `lr` where it is not given. All else is shared."""
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -88,8 +109,8 @@ class OptimConfig:
             UserError: Lists every value out of range.
         """
         problems = []
-        for name in ("lr", "eps"):
-            if not 0 < getattr(self, name) < math.inf:
+        for name in ("lr", "eps", "discriminator_lr"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 problems.append(f"optim.{name} is {getattr(self, name)}, it must be a finite number above 0")
         if not all(0 <= beta < 1 for beta in self.betas):
             problems.append(f"optim.betas is {list(self.betas)}, both must be in [0, 1)")
@@ -120,6 +141,8 @@ class TrainConfig:
     """Autocast for the forward pass; weights, optimizer and losses stay in fp32."""
     ema_decay: float = 0.0
     """Decay of the averaged weights that are validated and saved; 0 keeps none. Early steps average over fewer."""
+    max_skipped_steps: int = 20
+    """Updates in a row that may be skipped because loss or gradient is not finite; then the run ends."""
     log_every: int = 10
     """Optimizer steps between rows of metrics.jsonl."""
     validate_every: int = 1000
@@ -145,7 +168,7 @@ class TrainConfig:
         """
         problems = []
         counts = ("steps", "batch_size", "gradient_accumulation_steps", "log_every", "validate_every")
-        for name in (*counts, "checkpoint_every", "keep_checkpoints", "num_validation_images"):
+        for name in (*counts, "checkpoint_every", "keep_checkpoints", "num_validation_images", "max_skipped_steps"):
             if getattr(self, name) < 1:
                 problems.append(f"{name} is {getattr(self, name)}, it must be at least 1")
         if not 0 <= self.ema_decay < 1:
@@ -161,7 +184,9 @@ class TrainConfig:
         Raises:
             UserError: A required field still has its placeholder.
         """
-        missing = [name for name, value in (("out", self.out), ("data.train", self.data.train)) if value == REQUIRED]
+        missing = [
+            name for name, values in (("out", (self.out,)), ("data.train", self.data.sources)) if REQUIRED in values
+        ]
         if missing:
             options = " and ".join(f"--{name} VALUE" for name in missing)
             raise UserError(f"{' and '.join(missing)} must be given; set it in the recipe or add {options}.")

@@ -1,15 +1,19 @@
-"""The network that a run starts from, and which of its parameters train."""
+"""The network that a run starts from, which of its parameters train, and the plain network that it ends with."""
+
+import copy
+from typing import Any
 
 import torch
 from torch import nn
 
 from sd_vae.autoencoder import AutoencoderKL
 from sd_vae.checkpoints import load_vae
+from sd_vae.errors import UserError
 from sd_vae.initialization import start_near_identity_
 
-from .config import TrainConfig
+from .config import ModelConfig, TrainConfig
 
-__all__ = ["freeze", "initial_vae"]
+__all__ = ["initial_vae", "plain_vae", "prepare_training_"]
 
 
 def initial_vae(config: TrainConfig) -> AutoencoderKL:
@@ -25,16 +29,58 @@ def initial_vae(config: TrainConfig) -> AutoencoderKL:
     return vae.eval()
 
 
-def freeze(vae: AutoencoderKL, trainable: str) -> list[nn.Parameter]:
-    """Set which parameters train and return them.
+def prepare_training_(vae: AutoencoderKL, model: ModelConfig, *, seed: int = 0) -> list[nn.Parameter]:
+    """Set which parameters train and return them; `lora` adds them first.
 
     Args:
         vae: Model, changed in place.
-        trainable: `all`, or `decoder` for decoder and post_quant_conv.
+        model: What trains: everything; decoder and post_quant_conv; named parts; low-rank additions to the decoder.
+        seed: Of the additions' random half.
+
+    Raises:
+        UserError: A part names no parameter.
     """
-    vae.requires_grad_(True)
-    if trainable == "decoder":
-        vae.encoder.requires_grad_(False)
-        if vae.quant_conv is not None:
-            vae.quant_conv.requires_grad_(False)
+    if model.trainable == "lora":
+        _add_lora_(vae, model, seed)
+    beginnings = {"all": ("",), "decoder": ("decoder.", "post_quant_conv."), "parts": model.parts, "lora": ()}
+    starts = beginnings[model.trainable]
+    names = [name for name, _ in vae.named_parameters()]
+    unknown = [part for part in model.parts if not any(_is_within(name, part) for name in names)]
+    if unknown:
+        kinds = sorted({".".join(name.split(".")[:2]) for name in names})
+        raise UserError(f"model.parts names {unknown[0]!r}, which no parameter is in; choose from: {', '.join(kinds)}.")
+    for name, parameter in vae.named_parameters():
+        parameter.requires_grad_(".lora_" in name or any(_is_within(name, start) for start in starts))
     return [parameter for parameter in vae.parameters() if parameter.requires_grad]
+
+
+def plain_vae(vae: AutoencoderKL) -> AutoencoderKL:
+    """Return the VAE without adapters: the same weights with a config of its own, or a copy with LoRA merged in."""
+    if not _has_lora(vae):
+        return AutoencoderKL.from_diffusers(vae)
+    merged = copy.deepcopy(vae)
+    merged.fuse_lora()
+    merged.unload_lora()
+    return AutoencoderKL.from_diffusers(merged)
+
+
+def _add_lora_(vae: AutoencoderKL, model: ModelConfig, seed: int) -> None:
+    """Add LoRA to every convolution and projection of the decoder."""
+    from peft import LoraConfig
+
+    layers = (nn.Conv2d, nn.Linear)
+    targets = [f"decoder.{name}" for name, module in vae.decoder.named_modules() if isinstance(module, layers)]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        # peft calls alpha an int, and takes any number.
+        alpha: Any = model.lora_alpha
+        vae.add_adapter(LoraConfig(r=model.lora_rank, lora_alpha=alpha, target_modules=targets))
+
+
+def _has_lora(vae: AutoencoderKL) -> bool:
+    return any(".lora_" in name for name, _ in vae.named_parameters())
+
+
+def _is_within(name: str, start: str) -> bool:
+    """Whether a parameter is the named one, or in the named module: decoder.conv_in is not in decoder.conv."""
+    return name.startswith(start) and (not start or start.endswith(".") or name[len(start) :][:1] in ("", "."))

@@ -1,36 +1,75 @@
-"""The part of a training step that Accelerate wraps, so that gradients are synchronised and autocast applies.
+"""The parts of a training step; foremost what Accelerate wraps, so that gradients are synchronised and autocast works.
 
 diffusers' `forward` returns only the picture, which tempts trainers to call `encode` and `decode` on the unwrapped
 model; several devices then train apart from each other, silently. Here everything that needs a gradient is in one
 `forward`.
 """
 
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from sd_vae.autoencoder import AutoencoderKL
+from sd_vae.losses import OutputLogvar, Similarity
+from sd_vae.losses.equivariance import IDENTITY
 from sd_vae.posterior import DiagonalGaussian
 
-__all__ = ["TrainingForward"]
+__all__ = ["Means", "TrainingForward", "synchronised"]
 
 
 class TrainingForward(nn.Module):
-    """x and posterior noise to reconstruction and posterior, in one differentiable call."""
+    """x and posterior noise to reconstruction and posterior, in one differentiable call.
 
-    def __init__(self, vae: AutoencoderKL) -> None:
+    Args:
+        vae: Model.
+        output: The objective's learned log-variance where it has one; a part of this module only so that its gradient
+            is averaged over processes with the others.
+    """
+
+    def __init__(self, vae: AutoencoderKL, output: OutputLogvar | None = None) -> None:
         super().__init__()
         self.vae = vae
+        self.output = output
 
-    def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, DiagonalGaussian]:
+    def forward(self, x: Tensor, noise: Tensor, similarity: Similarity = IDENTITY) -> tuple[Tensor, DiagonalGaussian]:
         """Return the reconstruction of a posterior sample, and the posterior.
 
         Args:
             x: Images (B, 3, H, W) in [-1, 1].
             noise: eps ~ N(0, I), (B, C, h, w); an argument, so that a step is a function of its inputs.
+            similarity: Turns and scales the sample before it is decoded.
 
         Returns:
-            recon (B, 3, H, W), not clamped, and the posterior with fp32 moments also under autocast.
+            recon (B, 3, H, W) (or turned and scaled), not clamped, and the posterior, its moments in fp32 at least also
+            under autocast.
         """
         (posterior,) = self.vae.encode(x, return_dict=False)
-        posterior = DiagonalGaussian(posterior.parameters.float())
-        (recon,) = self.vae.decode(posterior.sample(noise=noise), return_dict=False)
+        moments = posterior.parameters
+        posterior = DiagonalGaussian(moments.to(torch.promote_types(moments.dtype, torch.float32)))
+        (recon,) = self.vae.decode(similarity(posterior.sample(noise=noise)), return_dict=False)
         return recon, posterior
+
+
+class Means:
+    """Running means of named terms over the batches of a step, without gradient.
+
+    Args:
+        num_batches: Batches of the step.
+    """
+
+    def __init__(self, num_batches: int) -> None:
+        self.num_batches = num_batches
+        self.values: dict[str, Tensor] = {}
+
+    def add(self, terms: Mapping[str, Tensor]) -> None:
+        """Add the terms of one batch."""
+        for name, value in terms.items():
+            self.values[name] = self.values.get(name, 0.0) + value.detach() / self.num_batches
+
+
+def synchronised(accelerator: Accelerator, module: nn.Module, is_last: bool) -> AbstractContextManager[None]:
+    """Return a context for forward and backward pass: gradients are averaged over processes in the last batch alone."""
+    return nullcontext() if is_last else accelerator.no_sync(module)

@@ -2,7 +2,7 @@
 
 `Trainer` reads top to bottom: build, then fit (step, log, validate, save), then finish. Every picture, crop, flip and
 noise is a function of (seed, epoch, sample), so a run is its config plus one number, the samples consumed; that is why
-resuming is exact.
+resuming is exact. What one step does to the networks is in `update.py`.
 
 A run folder: `config.yaml` (resolved), `metrics.jsonl`, `samples/`, `checkpoints/`, `vae/` (a diffusers folder, EMA
 weights where there are any), `report.json`.
@@ -10,30 +10,33 @@ weights where there are any), `report.json`.
 
 import dataclasses
 import logging
-import math
 import time
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from sd_vae.autoencoder import AutoencoderKL
-from sd_vae.data import Batch, open_source, posterior_noise, training_loader
+from sd_vae.data import Batch
 from sd_vae.errors import UserError
 from sd_vae.losses import Objective
 
+from .adversary import min_scale
+from .certificate import LatentSpace
 from .checkpoint import Progress, load_checkpoint, newest_checkpoint, save_checkpoint
+from .collapse import CollapseMonitor
 from .config import TrainConfig, load_recipe, save_recipe
+from .data import TrainingData
 from .distributed import StopRequest, build_accelerator, stop_on_signals
 from .ema import EMA
-from .model import freeze, initial_vae
-from .optim import build_optimizer, build_schedule
+from .model import initial_vae, plain_vae, prepare_training_
 from .records import MetricsLog, versions
 from .run_folder import RunResult, make_run_folder, require_new_run, with_absolute_paths, write_result
-from .step import TrainingForward
-from .validation import latent_moments, load_photos, require_readable, save_picture, validate
+from .update import Update, UpdateResult
+from .validation import latent_moments, save_picture, validate
 
 __all__ = ["Trainer", "resume", "train"]
 
@@ -41,6 +44,9 @@ logger = logging.getLogger(__name__)
 
 NUM_SCALING_PHOTOS = 64
 """Training photos whose latents set the scaling factor of a VAE trained from random weights."""
+
+COLLAPSE_PATIENCE = 100
+"""Steps at least before a latent channel that says nothing is a warning."""
 
 
 def train(config: TrainConfig | str | Path, *, overwrite: bool = False) -> RunResult:
@@ -90,19 +96,18 @@ class Trainer:
         if self.is_new:
             require_new_run(config, overwrite=overwrite)
         self.accelerator = build_accelerator(config)
-        self.source = open_source(config.data.train, image_column=config.data.image_column)
-        require_readable(self.source)
-        self.photos = self._load_validation_photos()
+        self.data = TrainingData(config, self.accelerator)
+        self.photos = self.data.photos
         self.vae = self._build_vae()
         self.objective = self._build_objective()
-        parameters = freeze(self.vae, config.model.trainable)
-        optimizer = build_optimizer(parameters, config.optim)
-        self.schedule = build_schedule(optimizer, config.optim, config.steps)
+        self.parameters = prepare_training_(self.vae, config.model, seed=config.seed)
+        self.latent_space = self._note_latent_space()
         self.ema = EMA(self.vae, config.ema_decay) if config.ema_decay else None
-        self.forward, self.optimizer = self.accelerator.prepare(TrainingForward(self.vae), optimizer)
-        self.parameters = parameters
-        self.progress = Progress(step=0, samples=0, num_pictures=len(self.source))
-        self.unreadable: dict[str, None] = {}  # names, each once, in the order they were met
+        self.update = Update(self.accelerator, config, self.vae, self.objective)
+        kl = config.loss.kl
+        self.monitor = CollapseMonitor(max(COLLAPSE_PATIENCE, kl.warmup_steps, kl.cycle_steps))
+        self.skipped_in_a_row = 0
+        self.progress = Progress(step=0, samples=0, num_pictures=len(self.data.source))
         if checkpoint is not None:
             self._load(checkpoint)
 
@@ -122,15 +127,15 @@ class Trainer:
         )
         try:
             with stop_on_signals() as stop_request, bar:
-                batches = iter(self._loader())
+                batches = self.data.batches(self.progress.samples)
                 self.last_log = time.perf_counter(), self.progress.samples
                 while self.progress.step < config.steps:
-                    terms = self._step(batches)
+                    result = self._step(batches)
                     step = self.progress.step
                     bar.update(self._samples_per_step)
                     stopping = self._agree(stop_request)
                     if step % config.log_every == 0 or step == config.steps or stopping:
-                        values = self._log(log, terms)
+                        values = self._log(log, result)
                         bar.set_postfix_str(f"loss {values['loss']:.4f}")
                     if self.photos is not None and (step % config.validate_every == 0 or step == config.steps):
                         self._validate(log)
@@ -148,58 +153,50 @@ class Trainer:
 
     # ---- one step
 
-    def _step(self, batches: Any) -> dict[str, torch.Tensor]:
-        """Take one optimizer step and return its loss terms, means over its pictures on this process."""
-        sums: dict[str, torch.Tensor] = {}
-        for _ in range(self.config.gradient_accumulation_steps):
-            batch: Batch = next(batches)
-            self._note_unreadable(batch.unreadable)
-            with self.accelerator.accumulate(self.forward):
-                x = batch.x.to(self.accelerator.device, non_blocking=True, memory_format=self._memory_format)
-                recon, posterior = self.forward(x, self._noise(batch).to(x.device, non_blocking=True))
-                loss, terms = self.objective(x, recon, posterior)
-                self.accelerator.backward(loss)
-                if self.accelerator.sync_gradients:
-                    grad_norm = self._clip()
-                self.optimizer.step()
-                self.optimizer.zero_grad(set_to_none=True)
-            for name, value in {"loss": loss.detach(), **terms}.items():
-                sums[name] = sums.get(name, 0.0) + value / self.config.gradient_accumulation_steps
-        self.lr = float(self.schedule.get_last_lr()[0])
-        if not self.optimizer.step_was_skipped:
-            self.schedule.step()
+    def _step(self, batches: Iterator[Batch]) -> UpdateResult:
+        """Take one optimizer step and advance everything that goes with it."""
+        done = self.progress
+        result = self.update(list(islice(batches, self.config.gradient_accumulation_steps)), done.step)
         if self.ema is not None:
             self.ema.update_parameters(self.vae)
-        done = self.progress
-        self.progress = dataclasses.replace(done, step=done.step + 1, samples=done.samples + self._samples_per_step)
-        return {**sums, "grad_norm": grad_norm}
+        self.progress = dataclasses.replace(
+            done,
+            step=done.step + 1,
+            samples=done.samples + self._samples_per_step,
+            skipped=done.skipped + (not result.is_taken),
+        )
+        self._require_finite(result)
+        return result
 
-    def _noise(self, batch: Batch) -> torch.Tensor:
-        """Noise for the posterior samples of a batch, (B, C, h, w)."""
-        cells = self.config.data.size // self.vae.factor
-        shape = (self.vae.config.latent_channels, cells, cells)
-        return posterior_noise(self.config.seed, batch.epochs, batch.indices, shape)
+    def _require_finite(self, result: UpdateResult) -> None:
+        """End the run after too many updates in a row that were not taken, or when the last one was not.
 
-    def _clip(self) -> torch.Tensor:
-        """Scale gradients down to the largest allowed norm and return the norm that they had."""
-        limit = self.config.optim.max_grad_norm or math.inf
-        return self.accelerator.clip_grad_norm_(self.parameters, limit)
+        Raises:
+            UserError: Names the last good checkpoint.
+        """
+        if result.is_taken:
+            self.skipped_in_a_row = 0
+            return
+        self.skipped_in_a_row += 1
+        step = self.progress.step
+        logger.warning("step %d is not taken: its loss or gradient is not finite", step)
+        # At the scale that half precision tries, an overflow now and then is no sign of anything.
+        is_end = step == self.config.steps and self.accelerator.scaler is None
+        if is_end or self.skipped_in_a_row == self.config.max_skipped_steps:
+            raise self._diverged(f"{self.skipped_in_a_row} updates in a row had a loss or gradient that is not finite")
 
     # ---- what happens at intervals
 
-    def _log(self, log: MetricsLog | None, terms: dict[str, torch.Tensor]) -> dict[str, float]:
-        """Write a step's terms, means over processes, and return them.
-
-        Raises:
-            UserError: The loss is not finite.
-        """
-        means = {name: float(self.accelerator.reduce(value, "mean")) for name, value in terms.items()}
-        if not math.isfinite(means["loss"]):
-            raise self._diverged(f"the loss is {means['loss']}")
+    def _log(self, log: MetricsLog | None, result: UpdateResult) -> dict[str, float]:
+        """Write a step's terms, means over processes, and return them."""
+        means = {name: float(self.accelerator.reduce(value, "mean")) for name, value in result.terms.items()}
+        channels = self.monitor.rows(self.accelerator.reduce(result.channels, "mean"), self.progress.step)
         now, samples = time.perf_counter(), self.progress.samples  # after the values above have come from the device
         images_per_s = (samples - self.last_log[1]) / (now - self.last_log[0])
         self.last_log = now, samples
-        values = {"samples": samples, **means, "lr": self.lr, "images_per_s": images_per_s}
+        values = {"samples": samples, **means, "lr": self.update.mover.lr, "images_per_s": images_per_s, **channels}
+        if self.progress.skipped:
+            values["skipped_steps"] = self.progress.skipped
         if log is not None:
             log.write(self.progress.step, values)
         return means
@@ -231,9 +228,9 @@ class Trainer:
     def _diverged(self, what: str) -> UserError:
         remedy = "lower optim.lr or use mixed_precision no or bf16"
         if any((self.folder / "checkpoints").glob("step-*")):
-            remedy += (
-                f" in {self.folder / 'config.yaml'}, and go on from the last good checkpoint: --resume {self.folder}"
-            )
+            good = newest_checkpoint(self.folder / "checkpoints").name
+            remedy += f" in {self.folder / 'config.yaml'}, and go on from the last good checkpoint, {good}: "
+            remedy += f"--resume {self.folder}"
         else:
             remedy += ", and start anew with --overwrite"
         return UserError(f"{what} at step {self.progress.step}; {remedy}.")
@@ -241,24 +238,19 @@ class Trainer:
     def _load(self, path: Path) -> None:
         models, states = self._state()
         self.progress = load_checkpoint(path, models, states)
-        if self.progress.num_pictures != len(self.source):
-            raise UserError(
-                f"{self.config.data.train} holds {len(self.source)} pictures, {path} was trained on "
-                f"{self.progress.num_pictures}, so the order would differ; restore them, or start anew."
-            )
+        self.data.go_on_from(self.progress)
         if self.ema is not None:
             self.ema.n_averaged.fill_(self.progress.step)
-        self.unreadable = dict.fromkeys(self.progress.unreadable)
 
     def _state(self) -> tuple[dict[str, torch.nn.Module], dict[str, Any]]:
         """Everything a checkpoint holds: models by file name, the rest by key."""
         models: dict[str, torch.nn.Module] = {"model": self.vae}
         if self.ema is not None:
             models["ema"] = self.ema.module
-        states = {"optimizer": self.optimizer, "schedule": self.schedule}
+        others, states = self.update.state()
         if self.accelerator.scaler is not None:
             states["scaler"] = self.accelerator.scaler
-        return models, states
+        return models | others, states
 
     def _agree(self, request: StopRequest) -> bool:
         """Whether any process was asked to stop, so that all stop after the same step."""
@@ -282,28 +274,17 @@ class Trainer:
         """The loss; crops too small for its perceptual term are refused before anything is written."""
         objective = Objective(self.config.loss)
         if objective.perceptual is not None:
-            side = self.config.data.size
+            side = round(self.config.data.size * min_scale(self.config))
             objective.perceptual.require_size(side, side)
         return objective.to(self.accelerator.device)
 
-    def _load_validation_photos(self) -> torch.Tensor | None:
-        data = self.config.data
-        if data.validation is None:
+    def _note_latent_space(self) -> LatentSpace | None:
+        """The latent space of other weights before they train, on the process that writes the report."""
+        if not self._is_main or self.config.model.pretrained is None:
             return None
-        source = open_source(data.validation, image_column=data.image_column)
-        return load_photos(source, self.config.num_validation_images, data.size)
-
-    def _loader(self) -> Any:
-        return training_loader(
-            self.source,
-            self.config.data,
-            batch_size=self.config.batch_size,
-            seed=self.config.seed,
-            start=self.progress.samples,
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
-            pin_memory=self.accelerator.device.type == "cuda",
-        )
+        photos = self.data.first_photos(self.config.num_validation_images) if self.photos is None else self.photos
+        is_asked = self.config.loss.equivariance.probability > 0
+        return LatentSpace(self.vae, photos, self.accelerator.device, equivariance=is_asked)
 
     def _start(self) -> None:
         """Make the run folder and say what will run."""
@@ -318,7 +299,7 @@ class Trainer:
         logger.info(
             f"{processes} process{'es' if processes > 1 else ''} on {self.accelerator.device}, precision "
             f"{config.mixed_precision}; {num_trained:,} of {self.vae.num_parameters():,} parameters train on "
-            f"{len(self.source):,} pictures; steps {self.progress.step} to {config.steps}, "
+            f"{self.data.described}; steps {self.progress.step} to {config.steps}, "
             f"{self._samples_per_step} pictures each"
         )
         if self.photos is None:
@@ -329,7 +310,7 @@ class Trainer:
         progress = self._noted()
         if not self._is_main:
             return RunResult(folder=self.folder, report={})
-        vae = AutoencoderKL.from_diffusers(self._best_vae())  # the same weights, a config of its own
+        vae = plain_vae(self._best_vae())
         source = self._set_scale(vae)
         if progress.unreadable:
             num_unreadable = len(progress.unreadable)
@@ -341,7 +322,10 @@ class Trainer:
             "shift_factor": vae.config.shift_factor,
             "scaling_factor_source": source,
             "validation": progress.validation,
+            "skipped_steps": progress.skipped,
+            "latents": None if self.latent_space is None else self.latent_space.compare(vae),
             "unreadable": list(progress.unreadable),
+            "rejects": progress.rejects,
             "versions": versions(),
         }
         return write_result(self.config, vae, report)
@@ -350,7 +334,7 @@ class Trainer:
         """Give a VAE that began with random weights the scale and shift of its own latents; say where they are from."""
         if self.config.model.scaling_factor == "keep" or self.config.model.pretrained:
             return "kept"
-        photos = load_photos(self.source, NUM_SCALING_PHOTOS, self.config.data.size)
+        photos = self.data.first_photos(NUM_SCALING_PHOTOS)
         mean, std = latent_moments(vae, photos, self.accelerator.device)
         shift = None if vae.config.shift_factor is None else mean
         vae.register_to_config(scaling_factor=1.0 / std, shift_factor=shift)
@@ -358,8 +342,7 @@ class Trainer:
 
     def _noted(self) -> Progress:
         """The progress with the unreadable pictures that any process has met."""
-        names = gather_object(list(self.unreadable)) if self.accelerator.num_processes > 1 else self.unreadable
-        return dataclasses.replace(self.progress, unreadable=tuple(dict.fromkeys(names)))
+        return self.data.noted(self.progress)
 
     # ---- small facts
 
@@ -379,9 +362,3 @@ class Trainer:
     def _best_vae(self) -> AutoencoderKL:
         """The weights that are validated and saved: averaged where there is an average."""
         return self.vae if self.ema is None else self.ema.module
-
-    def _note_unreadable(self, names: list[str]) -> None:
-        for name in names:
-            if name not in self.unreadable:
-                logger.warning("left out: %s", name)
-                self.unreadable[name] = None

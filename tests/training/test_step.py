@@ -3,7 +3,8 @@
 import torch
 
 from sd_vae.autoencoder import AutoencoderKL
-from training.model import freeze
+from training.config import ModelConfig
+from training.model import prepare_training_
 from training.step import TrainingForward
 
 
@@ -35,8 +36,8 @@ def test_forward_keeps_moments_in_fp32_under_autocast(tiny_vae: AutoencoderKL) -
     assert posterior.mean.dtype == posterior.logvar.dtype == torch.float32
 
 
-def test_freeze_decoder_leaves_encoder_and_quant_conv_still(tiny_vae: AutoencoderKL) -> None:
-    parameters = freeze(tiny_vae, "decoder")
+def test_decoder_training_leaves_encoder_and_quant_conv_still(tiny_vae: AutoencoderKL) -> None:
+    parameters = prepare_training_(tiny_vae, ModelConfig(trainable="decoder"))
 
     moving = {name.split(".")[0] for name, p in tiny_vae.named_parameters() if p.requires_grad}
     assert moving == {"decoder", "post_quant_conv"}
