@@ -88,7 +88,7 @@ def _read_metadata(files: list[Path], paths: set[Path]) -> dict[Path, dict[str, 
 
 
 def _read_jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(read_text(file).splitlines(), start=1):
+    for number, line in enumerate(read_text(file).split("\n"), start=1):
         if not line.strip():
             continue
         place = f"{file} line {number}"

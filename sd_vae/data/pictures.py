@@ -53,6 +53,9 @@ class Picture:
 def prepare(record: Record, transform: PictureTransform) -> Picture | Reject:
     """Return the views of one record, or why there are none.
 
+    Names and columns are made Unicode that can be written: of a file name in another encoding, and of half a surrogate
+    pair, as captions have it that were cut off within an emoji, the code stands there with a backslash.
+
     Raises:
         UserError: The record's file is gone or cannot be read.
     """
@@ -63,17 +66,21 @@ def prepare(record: Record, transform: PictureTransform) -> Picture | Reject:
         shrink_to=(lambda size: largest_resize(size, transform)) if transform.draft else None,
     )
     found = decoded if isinstance(decoded, Reject) else views(decoded, transform)
+    name, source = _writable(record.id), _writable(record.source)
     if isinstance(found, Reject):
-        return dataclasses.replace(found, position=record.position, id=record.id, source=record.source)
+        return dataclasses.replace(found, position=record.position, id=name, source=source)
     assert not isinstance(decoded, Reject)
     return Picture(
         record.position,
-        record.id,
-        record.source,
+        name,
+        source,
         decoded.sha256,
         decoded.original_size,
         decoded.has_more_frames,
-        record.columns,
+        {
+            _writable(key): _writable(value) if isinstance(value, str) else value
+            for key, value in record.columns.items()
+        },
         tuple(found),
     )
 
@@ -210,6 +217,10 @@ def _unpack(packed: _Packed) -> Iterator[Picture | Reject]:
             found.append(dataclasses.replace(view, x=packed.pixels[offset : offset + size].view(shape)))
             offset += size
         yield dataclasses.replace(item, views=tuple(found))
+
+
+def _writable(text: str) -> str:
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _as_is(packed: Any) -> Any:

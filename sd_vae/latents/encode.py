@@ -233,9 +233,9 @@ def reencoder(vae: AutoencoderKL, data: str | Records | None, store: LatentStore
         if record is None:
             raise UserError(f"{item} is gone: {records.spec} has no record {item.position}; restore the data set.")
         picture = prepare(record, transform)
-        if record.id != item.id or picture.sha256 != item.sha256:
+        if picture.id != item.id or picture.sha256 != item.sha256:
             raise UserError(
-                f"{item} has changed: record {item.position} of {records.spec} is {record.id} with sha256 "
+                f"{item} has changed: record {item.position} of {records.spec} is {picture.id} with sha256 "
                 f"{picture.sha256[:12]}, it was {item.id} with {item.sha256[:12]}; restore the picture."
             )
         if isinstance(picture, Unusable):

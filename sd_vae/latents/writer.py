@@ -239,7 +239,7 @@ def _rows(items: list[Item], sizes: list[str]) -> tuple[bytes, tuple[str, ...]]:
     """The rows as an Arrow stream, and the names of the user's columns.
 
     Raises:
-        UserError: A column holds what Arrow has no common type for.
+        UserError: A column holds what Arrow has no common type for, or text that is no Unicode.
     """
     import pyarrow as pa
 
@@ -281,4 +281,9 @@ def _user_column(name: str, items: list[Item]) -> Any:
         raise UserError(
             f"column {name!r} of the records {items[0].id} to {items[-1].id} mixes types ({error}); "
             "make its values one type or leave the column out."
+        ) from None
+    except UnicodeEncodeError as error:  # in a list or a structure; other texts were mended when they were read
+        raise UserError(
+            f"column {name!r} of the records {items[0].id} to {items[-1].id} holds text that is no Unicode ({error}); "
+            "mend it or leave the column out."
         ) from None

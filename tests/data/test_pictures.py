@@ -59,6 +59,17 @@ def test_prepare_rejects_with_the_address(encoded, data, transform, reason):
     assert (reject.reason, reject.position, reject.id, reject.source) == (reason, 3, "a", "table::3")
 
 
+@pytest.mark.parametrize("is_picture", [True, False])
+def test_prepare_makes_names_and_texts_unicode(encoded, is_picture):
+    data = encoded[0] if is_picture else b""
+    record = Record(0, "caf\udce9.png", "photos/caf\udce9.png", data, {"caption": "smile \ud83d", "label": 1})
+
+    found = prepare(record, TRANSFORM)
+
+    assert (found.id, found.source) == (r"caf\udce9.png", r"photos/caf\udce9.png")
+    assert not is_picture or found.columns == {"caption": r"smile \ud83d", "label": 1}
+
+
 def test_prepare_passes_the_options_of_decoding(encoded):
     reject = prepare(Record(0, "a", "a", encoded[0]), PictureTransform(size=24, max_pixels=1000))
 

@@ -70,6 +70,14 @@ def test_folder_reads_csv_beside_the_pictures(folder):
     assert record.columns == {"label": 7, "caption": "three, or so"}
 
 
+def test_folder_reads_captions_with_line_separators(folder):
+    (folder / "metadata.jsonl").write_text('{"file_name": "0.png", "caption": "one\u2028two\x85three"}\r\n')
+
+    (record,) = everything(open_records(str(folder)), 0, 1)
+
+    assert record.columns == {"caption": "one\u2028two\x85three"}
+
+
 def test_folder_keeps_the_columns_asked_for(metadata):
     (record,) = everything(open_records(str(metadata), columns=["caption"]), 0, 1)
 

@@ -236,6 +236,18 @@ def _reject_what_has_a_latent(writer: ShardWriter) -> None:
     writer.reject(reject(0))
 
 
+def test_writer_names_a_column_with_text_that_is_no_unicode(tmp_path: Path) -> None:
+    def fill(writer: ShardWriter) -> None:
+        for position in range(4):
+            one = item(position, columns={"tags": ["fine", "\ud83d"]})
+            writer.add(one, moments_of(one))
+
+    with pytest.raises(
+        UserError, match="column 'tags' of the records picture 0 to picture 3 holds text that is no Uni"
+    ):
+        _write(tmp_path / "store", fill)
+
+
 @pytest.mark.parametrize(
     ("fill", "message"),
     [
