@@ -22,6 +22,7 @@ def exact(x: Tensor, norm: nn.GroupNorm) -> Tensor:
 @pytest.mark.parametrize(("height", "width"), SIZES)
 def test_group_norm_silu_equals_fp64(height: int, width: int, batch_size: int) -> None:
     norm, x = group_norm(8, 48), draw(batch_size, 48, height, width) * 3 + 1
+    norm.eps = 0.3  # large enough to be seen
 
     ours = ops.group_norm_silu(x, norm)
 

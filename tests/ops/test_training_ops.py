@@ -52,12 +52,14 @@ def test_gradients_equal_the_references(
     assert torch.equal(ours[3].double(), theirs[3])
 
 
-def test_conv3x3_has_a_second_derivative() -> None:
+@pytest.mark.parametrize("through", ["x", "weight"])
+def test_conv3x3_has_a_second_derivative(through: str) -> None:
     module = trainable(32, 32)
 
     def second(x: Tensor, module: Any) -> list[Tensor]:
         x = x.clone().requires_grad_()
-        (first,) = torch.autograd.grad(ops.conv3x3(x, module).pow(3).sum(), x, create_graph=True)
+        inner = x if through == "x" else module.weight
+        (first,) = torch.autograd.grad(ops.conv3x3(x, module).pow(3).sum(), inner, create_graph=True)
         return list(torch.autograd.grad(first.square().sum(), [x, module.weight, module.bias]))
 
     ours, theirs = second(draw(1, 32, 16, 17), module), second(draw(1, 32, 16, 17).double(), wide(module))

@@ -183,6 +183,18 @@ def test_weights_stay_within_the_budget(vae: AutoencoderKL) -> None:
     assert torch.equal(decode(vae), first)
 
 
+@torch.no_grad()
+def test_weights_beyond_the_budget_are_not_even_hashed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sd_vae.ops import weights
+
+    module, x = conv(32, 32), draw(1, 32, 16, 16)
+    kept = ops.conv3x3(x, module)
+    weights.set_budget(0)
+    monkeypatch.setattr(weights, "_fingerprint", lambda _: pytest.fail("hashed"))
+
+    assert torch.equal(ops.conv3x3(x, module), kept)
+
+
 def test_a_smaller_budget_lets_go_at_once(vae: AutoencoderKL) -> None:
     from sd_vae.ops import weights
 
