@@ -63,10 +63,11 @@ def sniff(path: Path) -> Format:
         raise UserError(f"cannot read {path}: {error.strerror}; check the path and its permissions.") from None
     if head.startswith(b"PK\x03\x04"):
         return "torch zip"
-    if head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-        return "torch legacy"
+    # Before pickles: the length of a short header, such as 640, begins with the same two bytes.
     if 0 < int.from_bytes(head[:8], "little") <= _MAX_HEADER_BYTES and head[8:9] == b"{":
         return "safetensors"
+    if head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        return "torch legacy"
     if head.startswith(b"version https://git-lfs"):
         raise UserError(f"{path} is a Git LFS pointer, not the weights; fetch them with git lfs pull.")
     raise UserError(

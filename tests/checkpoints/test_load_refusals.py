@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from vae_files import PREFIX, equal_weights, ldm_tensors
 
 from sd_vae.checkpoints import load_vae
+from sd_vae.checkpoints.formats import sniff
 from sd_vae.errors import UserError
 
 BAD_FILES = {
@@ -238,3 +239,11 @@ def test_load_vae_names_a_path_that_cannot_be_read(tmp_path: Path, monkeypatch) 
 
     with pytest.raises(UserError, match=r"cannot read .*: Permission denied; check the path"):
         load_vae(tmp_path)
+
+
+@pytest.mark.parametrize("length", [0x0280, 0x0380, 0x0480, 0x0580])
+def test_sniff_tells_a_short_safetensors_header_from_a_pickle(tmp_path: Path, length: int) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(length.to_bytes(8, "little") + b"{}".ljust(length))
+
+    assert sniff(path) == "safetensors"
