@@ -15,7 +15,7 @@ from sd_vae.checkpoints.keymap import Key, key_table
 from sd_vae.checkpoints.layouts import Location, config_of_file, locate, read_config
 from sd_vae.config import VAEConfig
 from sd_vae.errors import UserError
-from sd_vae.weights import SHIPPED, shipped_folder
+from sd_vae.weights import SHIPPED_VAES, shipped_folder
 
 if TYPE_CHECKING:
     import torch
@@ -188,12 +188,12 @@ def _open(place: Path, given: VAEConfig | None) -> Checkpoint:
 
 def _resolve_name(name: str) -> Path:
     """The folder behind a name that is no path: of weights that ship, or of a hub repository's local copy."""
-    if name in SHIPPED:
+    if name in SHIPPED_VAES:
         return shipped_folder(name)
     if not _HUB_ID.fullmatch(name):
         raise UserError(
             f"there is nothing at {name}; check the path, or give a hub id as owner/name or a VAE that ships: "
-            f"{', '.join(SHIPPED)}."
+            f"{', '.join(SHIPPED_VAES)}."
         )
     return _fetch(name)
 

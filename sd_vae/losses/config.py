@@ -20,13 +20,15 @@ class PerceptualConfig:
 
     __pydantic_config__ = STRICT
 
-    net: Literal["vgg", "alex", "squeeze", "ms_ssim"] = "vgg"
-    """LPIPS v0.1 on that network (published SD recipes use vgg), or ms_ssim, which needs no downloaded weights."""
+    net: Literal["vgg", "alex", "squeeze", "distilled", "ms_ssim"] = "vgg"
+    """LPIPS v0.1 on that network (published SD recipes use vgg); distilled, a small network of this project that was
+    taught by LPIPS; or ms_ssim, which needs no weights."""
     weight: float = 1.0
     """Factor beside the mean pixel term: 1 is Stable Diffusion's, 0.1 that of ft-MSE; 0 builds no network."""
     backbone: str | None = None
     """File with the torchvision weights of that network, .pth or .safetensors, whole or features only; by default the
-    one in the torch hub cache, downloaded if it is not there."""
+    one in the torch hub cache, downloaded if it is not there. For distilled, the file of `benchmarks.mini_distill`; by
+    default the one that ships."""
 
     def __post_init__(self) -> None:
         """Check the rules.
@@ -38,7 +40,7 @@ class PerceptualConfig:
         if self.net == "ms_ssim" and self.backbone is not None:
             problems.append(
                 f"perceptual.backbone is {self.backbone!r} but perceptual.net is ms_ssim, which has no network; "
-                "leave the backbone out, or choose vgg, alex or squeeze"
+                "leave the backbone out, or choose vgg, alex, squeeze or distilled"
             )
         if self.backbone == "":
             problems.append("perceptual.backbone is empty, name a file or leave it out")

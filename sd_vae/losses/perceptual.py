@@ -41,6 +41,10 @@ def build_perceptual(config: PerceptualConfig) -> Perceptual | None:
         return None
     if config.net == "ms_ssim":
         return MultiScaleSSIM()
+    if config.net == "distilled":
+        from sd_vae.losses.distilled import Distilled  # it is built on this module
+
+        return Distilled(config.backbone)
     return LPIPS(config.net, config.backbone)
 
 
@@ -118,14 +122,17 @@ class LPIPS(Perceptual):
 
     def distance(self, recon: Tensor, x: Tensor) -> Tensor:
         """Return the distances (B,); the target's features keep no graph."""
+        return torch.stack([each.mean(dim=(1, 2)) for each in self.cell_distances(recon, x)]).sum(dim=0)
+
+    def cell_distances(self, recon: Tensor, x: Tensor) -> list[Tensor]:
+        """Return the distance in each cell, (B, h, w), one map a layer; the target's features keep no graph."""
         with torch.no_grad():
             features_x = self._features(x)
         features_recon = self._features(recon)
-        per_layer = [
-            head((ours - theirs).square()).mean(dim=(1, 2, 3))
+        return [
+            head((ours - theirs).square())[:, 0]
             for head, ours, theirs in zip(self.model.lins, features_recon, features_x, strict=True)
         ]
-        return torch.stack(per_layer).sum(dim=0)
 
     def _features(self, x: Tensor) -> list[Tensor]:
         """Feature maps (B, D, h, w), one a layer, each cell scaled to unit length over D."""

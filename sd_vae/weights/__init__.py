@@ -1,7 +1,7 @@
 """Weights that ship in the package: trained by this project, found by name, checked before they are read.
 
-Each name is a folder here, in diffusers layout, with a model card and the digests of its files in `SHA256SUMS`, in the
-format of the program `sha256sum`. `docs/mini.md` says how they are made.
+Each name is a folder here with the digests of its files in `SHA256SUMS`, in the format of the program `sha256sum`; that
+of a VAE is in diffusers layout, with a model card. `docs/mini.md` says how they are made.
 """
 
 import hashlib
@@ -10,10 +10,15 @@ from pathlib import Path
 from sd_vae.errors import UserError
 from sd_vae.files import read_text
 
-__all__ = ["DEFAULT_VAE", "SHIPPED", "shipped_folder"]
+__all__ = ["DEFAULT_VAE", "MAKERS", "SHIPPED_VAES", "SUMS", "shipped_folder"]
 
-SHIPPED = {"mini": "sd-vae train --config mini --data.train PHOTOS --out RUN"}
+MAKERS = {
+    "mini": "sd-vae train --config mini --data.train PHOTOS --out RUN",
+    "distilled": "python -m benchmarks.mini_distill PHOTOS --out FILE in a checkout of sd-vae",
+}
 """Name of what ships, and the command that makes one's own."""
+SHIPPED_VAES = ("mini",)
+"""Those of them that `load_vae` takes."""
 DEFAULT_VAE = "mini"
 """What a command runs that is given no VAE."""
 
@@ -26,7 +31,7 @@ def shipped_folder(name: str, root: Path = _ROOT) -> Path:
     """Return the folder of weights that ship, with every file as it was released.
 
     Args:
-        name: Key of `SHIPPED`.
+        name: Key of `MAKERS`.
         root: Folder that holds a folder of that name.
 
     Raises:
@@ -37,7 +42,7 @@ def shipped_folder(name: str, root: Path = _ROOT) -> Path:
     if not sums.is_file():
         raise UserError(
             f"this installation of sd-vae has no weights for {name!r} (there is no {sums}); install a release that "
-            f"brings them, give a folder, file or hub id instead, or train your own: {SHIPPED[name]}."
+            f"brings them, name a file or folder with others, or train your own: {MAKERS[name]}."
         )
     for digest, file in _released(sums):
         if not file.is_file():
