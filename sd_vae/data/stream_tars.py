@@ -136,20 +136,24 @@ def _cached_index(tar: Path, image_column: str) -> TarIndex:
     """The index of a tar, from the cache of `datasets` where the tar has not changed since."""
     import datasets
 
-    with file_errors("read", tar):
-        state = tar.stat()
+    try:
+        with file_errors("read", tar):
+            state = tar.stat()
+    except UserError as error:
+        none = np.empty(0, dtype=np.int64)
+        return TarIndex(none, none, str(error))
     key = f"{tar.resolve()}\n{state.st_size}\n{state.st_mtime_ns}\n{image_column}"
     name = hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()
     cached = Path(datasets.config.HF_DATASETS_CACHE) / "sd-vae-tar-index" / f"{name[:32]}.npz"
     try:
-        with np.load(cached, allow_pickle=False) as found:
+        with cached.open("rb") as file, np.load(file, allow_pickle=False) as found:
             return TarIndex(found["offsets"], found["sizes"], "")
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):  # not there, or not whole: made anew
         index = index_tar(tar, image_column)
     if not index.problem:
         try:
-            with atomic_file(cached) as temporary, temporary.open("wb") as file:
-                np.savez(file, offsets=index.offsets, sizes=index.sizes)
+            with atomic_file(cached) as temporary, temporary.open("wb") as out:
+                np.savez(out, offsets=index.offsets, sizes=index.sizes)
         except UserError as error:
             logger.warning("the index of %s is not kept: %s", tar, error)
     return index

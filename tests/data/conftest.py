@@ -1,11 +1,13 @@
 """Small real picture files of several kinds."""
 
 import io
+import itertools
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from stream_cases import grey_png, write_tar
 
 
 def picture(number: int, width: int = 40, height: int = 32) -> Image.Image:
@@ -42,3 +44,16 @@ def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
+
+
+@pytest.fixture
+def tars(tmp_path: Path) -> Path:
+    """Three tars with 3, 4 and 2 pictures; picture n is of grey n, and each has a text beside it."""
+    place = tmp_path / "tars"
+    place.mkdir()
+    numbers = iter(range(9))
+    for tar, size in enumerate((3, 4, 2)):
+        names = [(n, kind) for n in itertools.islice(numbers, size) for kind in ("png", "txt")]
+        members = [(f"{n:03d}.{kind}", grey_png(n) if kind == "png" else b"text") for n, kind in names]
+        write_tar(place / f"{tar:02d}.tar", members)
+    return place

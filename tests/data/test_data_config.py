@@ -24,6 +24,13 @@ def test_data_config_reads_a_recipe():
         ({"crop_scale": (float("nan"), 1.0)}, r"data\.crop_scale is \(nan, 1\.0\)"),
         ({"num_workers": -1}, r"data\.num_workers is -1, it must be 0 or more"),
         ({"image_column": ""}, r"data\.image_column is empty"),
+        ({"train": ()}, r"data\.train is empty"),
+        ({"train": ("a", "a")}, r"data\.train names a source twice"),
+        ({"train": ("a", "b"), "weights": (1.0,)}, r"data\.weights holds 1 numbers for 2 sources"),
+        ({"weights": (0.0,)}, r"data\.weights is \[0\.0\], each must be a finite number above 0"),
+        ({"shuffle_window": -1}, r"data\.shuffle_window is -1, it must be 0 or more"),
+        ({"retries": -1}, r"data\.retries is -1, it must be 0 or more"),
+        ({"timeout_s": 0.0}, r"data\.timeout_s is 0\.0, it must be a finite number of seconds"),
         ({"size": 0, "num_workers": -1}, r"data\.size is 0.*; data\.num_workers is -1"),
     ],
 )
