@@ -57,6 +57,32 @@ def test_budget_that_cannot_be_met_names_the_smallest_that_can() -> None:
     assert relative(run(vae, "decode", z), plain(vae, "decode", z)) <= BOUND
 
 
+def test_budget_that_cannot_be_met_names_the_least_of_all_measures() -> None:
+    least, most = (f"{pick(gib for _, gib in plan().measures) + 0.005:.2f}" for pick in (min, max))
+    assert least != most
+
+    with pytest.raises(UserError, match=f"takes at least {least} GiB"):
+        chosen(1e-4, torch.empty(LATENT))
+
+
+def test_budget_is_of_the_whole_batch(monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr("sd_vae.banded.planning.predict", lambda *request: asked.append(request[2]) or 2**40)
+
+    with pytest.raises(UserError, match=r"to decode 3 times 256x256 pixels takes at least 1024\.0"):
+        chosen(1.0, torch.empty(3, *LATENT[1:]))
+
+    assert set(asked) == {3}
+
+
+def test_plan_of_the_kernels_counts_their_libraries() -> None:
+    text = json.dumps(CONFIG.to_dict(), sort_keys=True)
+
+    found = predict(text, "decode", 1, 8, 8, torch.float32, "cpu", Measure(2**20, compiled=True))
+
+    assert LIBRARY_BYTES + HEAP_BYTES < found < LIBRARY_BYTES + HEAP_BYTES + 2**25
+
+
 def test_budget_that_cannot_be_met_allocates_nothing(monkeypatch) -> None:
     vae = make_vae()
     vae.enable_tiling(max_memory_gib=1e-4)
