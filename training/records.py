@@ -84,6 +84,8 @@ def model_card(config: TrainConfig, results: Mapping[str, Any]) -> str:
     if config.loss.perceptual.weight:
         losses.append(f"{config.loss.perceptual.weight:g} x {config.loss.perceptual.net}")
     losses.append(f"{config.loss.kl.weight:g} x KL ({config.loss.kl.convention})")
+    if config.loss.adversarial.weight:
+        losses.append(f"{config.loss.adversarial.weight:g} x adversarial ({config.loss.adversarial.loss})")
     validation = results.get("validation") or {}
     numbers = "\n".join(f"| {name} | {value:.5g} |" for name, value in validation.items())
     table = f"| validation | value |\n|---|---|\n{numbers}\n" if numbers else "No validation photos were given.\n"
@@ -105,7 +107,18 @@ vae = AutoencoderKL.from_pretrained("path/to/this/folder")
 - {results["step"]} optimizer steps, {results["samples"]} pictures seen, seed {config.seed}
 - Weights: {"exponential moving average, decay " + format(config.ema_decay, "g") if config.ema_decay else "last step"}
 - Scaling factor {results["scaling_factor"]:.5g} ({results["scaling_factor_source"]})
+- Latents: {_latents(results.get("latents"))}
 
 {table}
 The recipe and the software versions are in the metadata of the safetensors file.
 """
+
+
+def _latents(found: Mapping[str, Any] | None) -> str:
+    """What the latent space is beside that of the weights before."""
+    if found is None:
+        return "its own, from random weights"
+    if "certificate" in found:
+        return f"{found['certificate']} (sha256 {found['encoder_sha256']})"
+    correlations = ", ".join(f"{value:.3f}" for value in found["drift"]["correlation"])
+    return f"drifted from those of the weights before, correlation by channel {correlations}; train models on its own"

@@ -94,7 +94,7 @@ def _with_sources(config: TrainConfig, change: Callable[[str], str]) -> TrainCon
     def changed(spec: str | None) -> str | None:
         return spec if spec is None or not _is_local(spec) else change(spec)
 
-    data, perceptual = config.data, config.loss.perceptual
+    data, perceptual, adversarial = config.data, config.loss.perceptual, config.loss.adversarial
     sources = tuple(change(spec) if _is_local(spec) else spec for spec in data.sources)
     return dataclasses.replace(
         config,
@@ -105,7 +105,9 @@ def _with_sources(config: TrainConfig, change: Callable[[str], str]) -> TrainCon
         ),
         model=dataclasses.replace(config.model, pretrained=changed(config.model.pretrained)),
         loss=dataclasses.replace(
-            config.loss, perceptual=dataclasses.replace(perceptual, backbone=changed(perceptual.backbone))
+            config.loss,
+            perceptual=dataclasses.replace(perceptual, backbone=changed(perceptual.backbone)),
+            adversarial=dataclasses.replace(adversarial, pretrained=changed(adversarial.pretrained)),
         ),
     )
 
@@ -122,5 +124,6 @@ def _sources(config: TrainConfig) -> list[tuple[str, str]]:
         ("data.validation", config.data.validation),
         ("model.pretrained", config.model.pretrained),
         ("loss.perceptual.backbone", config.loss.perceptual.backbone),
+        ("loss.adversarial.pretrained", config.loss.adversarial.pretrained),
     ]
     return [(name, spec) for name, spec in sources if spec is not None]

@@ -25,7 +25,7 @@ class Args(TrainConfig):
     """
 
     config: str | None = None
-    """Recipe: a YAML file, or one that ships: demo, from_scratch, finetune_decoder."""
+    """Recipe: a YAML file, or one that ships, such as from_scratch, ldm_kl_f8, finetune_decoder, domain_adapt_lora."""
     resume: str | None = None
     """Run folder to go on with; needs no other option."""
     overwrite: bool = False

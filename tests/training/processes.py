@@ -64,12 +64,13 @@ def run(
     accelerator = build_accelerator(config)
     assert accelerator.num_processes == num_processes, f"{accelerator.num_processes} processes, not {num_processes}"
     torch.manual_seed(0)
-    vae = AutoencoderKL(**TINY).train().to(dtype)
-    update = Update(accelerator, config, vae, Objective(config.loss).to(dtype))
+    torch.set_default_dtype(dtype)  # everything is built in it: what is wrapped must not be cast afterwards
+    try:
+        vae = AutoencoderKL(**TINY).train()
+        update = Update(accelerator, config, vae, Objective(config.loss))
+    finally:
+        torch.set_default_dtype(torch.float32)
     adversary = update._adversary
-    # Wrapped before they were cast: float64 is for this comparison alone.
-    adversary.network.to(dtype)
-    adversary.lecam.to(dtype)
     if bug == "unwrapped":
         update.forward = accelerator.unwrap_model(update.forward)
     if bug == "unaveraged":

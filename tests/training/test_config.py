@@ -8,7 +8,10 @@ import pytest
 from sd_vae.errors import UserError
 from training.config import REQUIRED, ModelConfig, OptimConfig, load_recipe, save_recipe
 
-SHIPPED = ["demo", "finetune_decoder", "from_scratch", "mini", "mini_256"]
+SHIPPED = [
+    *("beta", "demo", "domain_adapt_lora", "eq_vae", "finetune_decoder", "finetune_ema"),
+    *("from_scratch", "ldm_kl_f8", "mini", "mini_256"),
+]
 
 
 def write(path: Path, text: str) -> Path:
@@ -76,7 +79,7 @@ def test_load_recipe_rejects(tmp_path: Path, text: str, match: str) -> None:
 
 
 def test_load_recipe_lists_the_shipped_ones_when_there_is_no_such_file() -> None:
-    with pytest.raises(UserError, match="there is no recipe nothing; give a YAML file or one of: demo, finetune"):
+    with pytest.raises(UserError, match="there is no recipe nothing; give a YAML file or one of: beta, demo, domain"):
         load_recipe("nothing")
 
 
@@ -88,6 +91,19 @@ def test_require_complete_names_what_is_missing() -> None:
 def test_model_config_rejects_an_unknown_preset() -> None:
     with pytest.raises(UserError, match=r"model.preset is 'sd9', choose one of: sd1"):
         ModelConfig(preset="sd9")
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"trainable": "parts"}, r"model.trainable is parts and model.parts \[\]; name parts with"),
+        ({"parts": ("decoder",)}, r"model.trainable is all and model.parts \['decoder'\]"),
+        ({"lora_rank": 0, "lora_alpha": 0.0}, r"model.lora_rank is 0, .*; model.lora_alpha is 0.0"),
+    ],
+)
+def test_model_config_rejects(fields: Any, match: str) -> None:
+    with pytest.raises(UserError, match=match):
+        ModelConfig(**fields)
 
 
 def test_optim_config_lists_every_value_out_of_range() -> None:
