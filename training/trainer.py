@@ -137,7 +137,8 @@ class Trainer:
                     if step % config.log_every == 0 or step == config.steps or stopping:
                         values = self._log(log, result)
                         bar.set_postfix_str(f"loss {values['loss']:.4f}")
-                    if self.photos is not None and (step % config.validate_every == 0 or step == config.steps):
+                    validates = step % config.validate_every == 0 or step == config.steps
+                    if self.photos is not None and validates and not self.skipped_in_a_row:
                         self._validate(log)
                     if step % config.checkpoint_every == 0 or step == config.steps or stopping:
                         self._save()
