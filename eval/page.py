@@ -22,6 +22,7 @@ from PIL import Image
 
 from . import curves as charts
 from . import plots
+from .compare import MIN_PHOTOS
 from .metrics import METRICS, Metric
 from .pictures import ERROR_CEILING
 from .results import Comparison, Evaluation, Interval
@@ -103,6 +104,7 @@ def render(
         latent_metrics=list(
             dict.fromkeys(name for row in evaluation.rows if row.latents for name in row.latents.values())
         ),
+        min_photos=MIN_PHOTOS,
         verdicts=list(_verdicts(evaluation)),
         signed=_signed,
         listed=sorted(worst_first[:num_listed]),

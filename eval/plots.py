@@ -33,6 +33,9 @@ TOP_ROOM, TICK_ROOM = 36.0, 26.0
 STRIP_SPREAD = 9
 """SVG units that dots or bars reach from the middle of their row."""
 
+MIN_SPAN = 0.2
+"""x spans at least this part of its largest value, so that rates matched to a thousandth stand over each other."""
+
 NUM_COLOURS = 6
 """Colours of rows in the style sheet; a seventh row has the first again, with another mark."""
 
@@ -116,6 +119,8 @@ def chart(plot: Plot, metric: Metric, evaluation: Evaluation) -> Chart:
     }
     every = [point for points in finite.values() for point in points] or [(0.0, 0.0)]
     x_low, x_high = min(x for x, _ in every), max(x for x, _ in every)
+    slack = max(0.0, MIN_SPAN * abs(x_high) - (x_high - x_low)) / 2
+    x_low, x_high = x_low - slack, x_high + slack
     y_low, y_high = min(y for _, y in every), max(y for _, y in every)
     room = 0.06 * (y_high - y_low)
     across = Axis(

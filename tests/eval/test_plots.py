@@ -103,6 +103,14 @@ def test_chart_of_a_wide_range_is_logarithmic_and_says_so(evaluate_made):
     assert drawn.x_label == "trips (log scale)"
 
 
+def test_chart_does_not_spread_what_is_nearly_equal(evaluate_made):
+    drawn = chart(plot_of(a=((0.998, 20.0), (1.002, 30.0))), PSNR, evaluate_made(a=(1.0,)))
+
+    (left, _), (right, _) = points(drawn.lines[0].points)
+    assert 0 < right - left < WIDTH / 20
+    assert left > WIDTH / 3
+
+
 def test_chart_stays_inside_its_frame(evaluate_made):
     drawn = chart(plot_of(a=((1, 20.0), (9, 40.0))), PSNR, evaluate_made(a=(1.0,)))
 

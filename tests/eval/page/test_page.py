@@ -82,6 +82,7 @@ def test_page_tells_verdicts_in_words(read, evil):
     assert "Better PSNR +1.00 dB (0.50 to 1.50)" in words
     assert "Worse L1 +1.250 levels (0.750 to 1.750)" in words
     assert "Not distinguishable SSIM −0.2500 (−0.7500 to 0.2500)" in words
+    assert "fewer than 6 photos" in words
     assert words.index("Better") < words.index("Worse") < words.index("Not distinguishable")
 
 

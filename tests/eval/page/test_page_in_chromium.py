@@ -40,6 +40,7 @@ def test_headings_sort_the_photos_by_mouse_and_keyboard(visit):
     def column():
         return table.locator("tbody td:nth-child(3)").all_text_contents()
 
+    table.locator("thead button").first.click()
     heading.locator("button").click()
     rising, order = column(), heading.get_attribute("aria-sort")
     page.keyboard.press("Enter")
