@@ -1,6 +1,11 @@
+import io
 import json
 import math
+from dataclasses import replace
 
+import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
@@ -8,8 +13,11 @@ from PIL import Image
 import eval as package
 from eval.baselines import box_average
 from eval.evaluator import evaluate
+from eval.features import Features
 from eval.latent_stats import LatentStats, LatentSums
 from eval.metrics import psnr_db, ssim
+from eval.models import weights_fingerprint
+from eval.protocols import get_protocol
 from eval.roundtrip import encode_picture
 from sd_vae.autoencoder import AutoencoderKL
 from sd_vae.errors import UserError
@@ -200,3 +208,98 @@ def test_evaluate_names_the_photo_that_cannot_be_read(tiny_vae, tmp_path):
 
     with pytest.raises(UserError, match=r"cannot read the picture .*broken\.png"):
         evaluate([tiny_vae], tmp_path)
+
+
+def test_evaluate_draws_each_photos_noise_from_the_seed_and_its_name(tiny_vae, photos):
+    sampled = replace(get_protocol("pixels"), name="sampled", latents="sample")
+
+    forwards = evaluate([tiny_vae], photos, protocol=sampled).rows[0]
+    backwards = evaluate([tiny_vae], dict(reversed(photos.items())), protocol=sampled).rows[0]
+    other_seed = evaluate([tiny_vae], photos, protocol=replace(sampled, seed=1)).rows[0]
+
+    assert forwards.means == backwards.means
+    assert forwards.intervals == backwards.intervals
+    assert forwards.means != other_seed.means
+    assert forwards.means != evaluate([tiny_vae], photos).rows[0].means
+
+
+def test_evaluate_rounds_as_the_protocol_says(tiny_vae, photos):
+    down = replace(get_protocol("pixels"), name="down", rounding="down")
+
+    nearest = np.asarray(evaluate([tiny_vae], photos).pictures["cat"]["model 1"].recon, int)
+    lower = np.asarray(evaluate([tiny_vae], photos, protocol=down).pictures["cat"]["model 1"].recon, int)
+
+    assert set(np.unique(nearest - lower)) == {0, 1}
+
+
+def test_evaluate_lists_photos_that_cannot_be_read_and_counts_the_others(tiny_vae, photos, tmp_path):
+    photos["cat"].save(tmp_path / "cat.png")
+    (tmp_path / "broken.png").write_bytes(b"not a picture")
+
+    result = evaluate([tiny_vae], tmp_path)
+
+    assert [(reject.name, len(result.photos)) for reject in result.rejects] == [("broken.png", 1)]
+    assert "no picture format is recognised" in result.rejects[0].reason
+    with pytest.raises(UserError, match=r"broken\.png: cannot read the picture"):
+        evaluate([tiny_vae], tmp_path, strict=True)
+
+
+def test_evaluate_stamps_the_photos_and_the_weights(two_vaes, photos):
+    result = evaluate(two_vaes, photos)
+    fewer = evaluate(two_vaes, {name: photos[name] for name in ("cat", "coffee")})
+
+    assert result.protocol["name"] == "pixels"
+    assert result.protocol["photos sha256"] != fewer.protocol["photos sha256"]
+    assert [row.fingerprint for row in result.rows] == [weights_fingerprint(vae) for vae in two_vaes.values()]
+
+
+def test_evaluate_compares_the_first_row_with_every_other(two_vaes, photos):
+    result = evaluate(two_vaes, photos, box_blocks=(1,))
+
+    assert [(one.against, one.metric) for one in result.comparisons] == [
+        (name, metric) for name in ("other", "1x1 box average") for metric in ("psnr_db", "ssim")
+    ]
+    ours, other = result.rows[0].means["ssim"], result.rows[1].means["ssim"]
+    assert result.comparisons[1].difference.value == pytest.approx(ours - other, rel=1e-9)
+
+
+def test_evaluate_gives_codecs_the_bits_of_the_latents(tiny_vae, photos):
+    large = {"cat": photos["cat"].resize((200, 120))}
+
+    result = evaluate([tiny_vae], large, codecs=("JPEG", "WebP"))
+
+    vae, jpeg, webp = (row.bits_per_pixel for row in result.rows)
+    assert vae == 4 * 16 / 4  # 4 channels of 16 bits a cell of 2x2 pixels
+    assert 0.1 < jpeg <= vae
+    assert 0.1 < webp <= vae
+    assert {plot.metric: len(plot.lines) for plot in result.plots} == {"psnr_db": 3}
+
+
+def test_evaluate_measures_frechet_distances_of_the_set(tiny_vae, photos, monkeypatch):
+    class Colour(Features):
+        name, num_features, sha256 = "inception", 3, "0" * 64
+
+        def forward(self, pixels):
+            return pixels.float().mean(dim=(2, 3))
+
+    monkeypatch.setattr("eval.features.build_features", lambda net, file: Colour())
+
+    result = evaluate([tiny_vae], photos, metrics=["rfid", "psnr_db"], box_blocks=(1,))
+
+    assert result.row("1x1 box average").pooled["rfid"] == pytest.approx(0.0, abs=1e-6)
+    assert result.rows[0].pooled["rfid"] > 1.0
+    assert result.protocol["rfid weights"] == "0" * 64
+
+
+def test_evaluate_reads_parquet(tiny_vae, photos, tmp_path):
+    contents = []
+    for photo in photos.values():
+        buffer = io.BytesIO()
+        photo.save(buffer, "png")
+        contents.append({"bytes": buffer.getvalue(), "path": None})
+    pyarrow.parquet.write_table(pyarrow.table({"image": contents}), tmp_path / "photos.parquet")
+
+    from_table, from_memory = evaluate([tiny_vae], tmp_path / "photos.parquet"), evaluate([tiny_vae], photos)
+
+    assert from_table.rows[0].means == from_memory.rows[0].means
+    assert [photo.name for photo in from_table.photos] == [f"photos.parquet/{index}" for index in range(3)]
