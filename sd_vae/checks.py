@@ -92,9 +92,10 @@ def _require_shape(name: str, tensor: Tensor, num_channels: int) -> None:
 def ensure_finite(vae: AutoencoderKL, action: Action, given: Tensor, result: Tensor) -> Tensor:
     """Return the result of encode or decode, known to be finite wherever it was looked at.
 
-    Looks on the CPU, at every result in half precision, and everywhere after `set_checks(True)`; never while training,
-    compiling or capturing. Half precision overflows where other dtypes do not, so there a look is worth the
-    synchronisation that it costs on a GPU, and its overflow is repeated or raised, as `set_overflow` says.
+    Looks on the CPU, at every result in half precision, and everywhere after `set_checks(True)`; never while compiling
+    or capturing, nor while weights in another dtype than the result's are trained: a trainer looks at its loss. Half
+    precision overflows where other dtypes do not, so there a look is worth the synchronisation that it costs on a GPU,
+    and its overflow is repeated or raised, as `set_overflow` says.
 
     Args:
         vae: The model.
@@ -111,7 +112,10 @@ def ensure_finite(vae: AutoencoderKL, action: Action, given: Tensor, result: Ten
     import torch
 
     is_half = result.dtype in (torch.float16, torch.bfloat16)
-    if vae.training or torch.compiler.is_compiling() or result.device.type == "meta":
+    is_of_weights = is_half and next(vae.parameters(), result).dtype == result.dtype
+    if vae.training and torch.is_grad_enabled() and not is_of_weights:
+        return result
+    if torch.compiler.is_compiling() or result.device.type == "meta":
         return result
     if not (is_half or result.device.type == "cpu" or _check_everywhere):
         return result

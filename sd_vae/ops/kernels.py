@@ -30,6 +30,9 @@ STRIPE = 64  # input channels whose weights' gradient a thread sums at a time
 TILES_SUMMED = 48
 STRETCH = 4 * ROWS  # output pixels whose sources are gathered at once
 MIX = np.uint64(0x9E3779B97F4A7C15)
+INLINED = "6d8aece2a77b1cdf"
+"""sha256 of products.py, transforms.py and vectors.py, which are compiled into these kernels: numba keeps compiled code
+for as long as this file stays as it is, so this file has to change with them."""
 
 
 @njit(cache=True, nogil=True)

@@ -169,13 +169,23 @@ def test_repeated_decode_has_gradients_to_the_live_weights(make_loud, z) -> None
     assert bool(vae.decoder.conv_out.weight.grad.abs().sum() > 0)
 
 
-@torch.no_grad()
-def test_training_is_left_alone(make_loud, z) -> None:
-    vae = make_loud().half().train()
+def test_training_under_autocast_is_left_alone(make_loud, z) -> None:
+    vae = make_loud().train()
 
-    x = vae.decode(z.half()).sample
+    with torch.autocast("cpu", torch.float16):
+        x = vae.decode(z).sample
 
     assert not bool(x.isfinite().all())
+
+
+@pytest.mark.parametrize("has_gradients", [True, False])
+def test_weights_in_half_precision_are_watched_in_training_mode_too(make_loud, z, has_gradients) -> None:
+    vae = make_loud().half().train()
+
+    with torch.set_grad_enabled(has_gradients), pytest.warns(RuntimeWarning, match=REPEATED):
+        x = vae.decode(z.half()).sample
+
+    assert bool(x.isfinite().all())
 
 
 @torch.no_grad()
