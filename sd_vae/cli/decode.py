@@ -15,6 +15,7 @@ import tyro
 
 import sd_vae
 from sd_vae.cli import console
+from sd_vae.cli.default_vae import parse_with_vae
 from sd_vae.errors import UserError
 from sd_vae.latents.export.layouts import LayoutName, Values
 
@@ -33,7 +34,7 @@ class Args:
     """Decode latents to PNG: of a store, or of the files of any trainer that `latents export` writes for."""
 
     vae: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="VAE")]
-    """Folder, file or hub id of the VAE."""
+    """Folder, file or hub id of the VAE, or the name of one that ships; left out, `mini`."""
     latents: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="LATENTS")]
     """Latent store, or a folder or file of another layout. Of a posterior the mean is decoded."""
     out: Path
@@ -70,7 +71,7 @@ def run(argv: list[str]) -> None:
         UserError: As `sd_vae.latents.importing.open_latents` and `sd_vae.load_vae`; a latent is not finite; or --out
             holds something else.
     """
-    args = console.parse(Args, argv, command="decode")
+    args = parse_with_vae(Args, argv, command="decode")
     for name in ("limit", "batch_size"):
         value = getattr(args, name)
         if value is not None and value < 1:

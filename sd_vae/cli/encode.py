@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from sd_vae.cli import console
+from sd_vae.cli.default_vae import parse_with_vae
 
 if TYPE_CHECKING:
     from sd_vae.latents.encode import EncodeConfig, Encoded, Progress, Step
@@ -30,7 +31,7 @@ class Args:
     """
 
     vae: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="VAE")]
-    """Folder, file or hub id of a VAE, in any layout."""
+    """Folder, file or hub id of a VAE, in any layout, or the name of one that ships; left out, `mini`."""
     data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")]
     """Folder of pictures, parquet file or folder, WebDataset tars, or hf://DATASET[:SPLIT]."""
     out: Path
@@ -95,7 +96,7 @@ def run(argv: list[str]) -> None:
         UserError: As `sd_vae.latents.encode.encode`, and whatever is wrong with the arguments, the VAE or the data.
         KeyboardInterrupt: Stopped; the finished shards stay.
     """
-    args = console.parse(Args, argv, command="encode")
+    args = parse_with_vae(Args, argv, command="encode")
 
     from sd_vae.latents.processes import joined_processes
 

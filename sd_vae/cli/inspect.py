@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from sd_vae.cli import console
+from sd_vae.cli.default_vae import parse_with_vae
 from sd_vae.cli.probing import probe_pictures, probe_progress
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ class Args:
     """Tell what is in a checkpoint: layout, config, dtype, parameters, scale, metadata, and what is wrong with it."""
 
     path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="VAE")]
-    """Checkpoint: a folder, a pipeline folder, a file (full checkpoints too) or a hub id."""
+    """Checkpoint: a folder, a pipeline folder, a file (full checkpoints too), a hub id, or a name that ships; left out,
+    `mini`."""
     config: str | None = None
     """Architecture where nothing beside the file tells: a config.json, its folder, or a preset."""
     probe: str | None = None
@@ -51,7 +53,7 @@ def run(argv: list[str]) -> None:
         UserError: As `sd_vae.checkpoints.inspect_checkpoint`, and with --probe as `load_vae` and
             `sd_vae.half_precision.probe`.
     """
-    args = console.parse(Args, argv, command="inspect")
+    args = parse_with_vae(Args, argv, command="inspect")
 
     from sd_vae.checkpoints import inspect_checkpoint
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 import sd_vae
-from sd_vae.cli.console import parse, print_json, print_table, say
+from sd_vae.cli.console import print_json, print_table, say
+from sd_vae.cli.default_vae import holds_pictures, parse_with_vae
 from sd_vae.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class Args:
     """Encode and decode pictures: reconstructions, side-by-side pictures, a report, PSNR and SSIM."""
 
     vae: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="VAE")]
-    """Folder, file or hub id of a VAE, in any layout."""
+    """Folder, file or hub id of a VAE, in any layout, or the name of one that ships; left out, `mini`."""
     images: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGE...")]
     """Pictures of any size; a folder stands for the pictures in and below it."""
     out: Path
@@ -58,7 +59,7 @@ class Args:
 
 def run(argv: list[str]) -> None:
     """Reconstruct pictures, write them with a report, print the numbers."""
-    args = parse(Args, argv, command="reconstruct")
+    args = parse_with_vae(Args, argv, command="reconstruct", lacks_vae=lambda args: holds_pictures(Path(args.vae)))
 
     from eval.photos import find_files, list_photos
     from sd_vae.files import atomic_folder, read_json
@@ -80,6 +81,7 @@ def run(argv: list[str]) -> None:
             {Path(args.vae).name or args.vae: vae},
             paths,
             size=args.size,
+            strict=True,
             perceptual=perceptual,
             on_pictures=_writer(folder, names),
             progress=progress,

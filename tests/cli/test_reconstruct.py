@@ -116,10 +116,6 @@ def _missing_vae(tmp_path, vae, pictures):
     return [tmp_path / "no_vae", pictures]
 
 
-def _vae_is_a_picture(tmp_path, vae, pictures):
-    return [pictures / "cat.png", pictures]
-
-
 def _other_config(tmp_path, vae, pictures):
     return [vae, pictures, "--config", "sd1"]
 
@@ -186,7 +182,6 @@ def _unknown_device(tmp_path, vae, pictures):
     [
         (_nothing, "no photos"),
         (_missing_vae, "no_vae"),
-        (_vae_is_a_picture, "cat.png"),
         (_other_config, "do not fit the config"),
         (_nan_weights, "not finite"),
         (_missing_picture, "dog.png"),
