@@ -34,6 +34,9 @@ __all__ = ["Box", "Regions", "boxes_of"]
 Box = tuple[int, int, int, int]
 """Left, top, right, bottom in pixels, right and bottom outside."""
 
+PLAIN = ("psnr_db", "ssim", "l1", "ciede2000")
+"""Metrics that mean something on a few pixels, without networks."""
+
 COLUMNS = ("box", "boxes", "mask")
 """Columns that mark parts of a photo."""
 
@@ -47,8 +50,7 @@ class Regions:
     """
 
     def __init__(self, measures: Measures, size: int | None) -> None:
-        self._measures = {name: measures.functions[name] for name in ("psnr_db", "ssim", "l1", "ciede2000")
-                          if name in measures.functions}  # fmt: skip
+        self._measures = {name: function for name, function in measures.functions.items() if name in PLAIN}
         self._size = size
         self._min_side = max((MIN_SIZE.get(name, 1) for name in self._measures), default=1)
 
