@@ -124,6 +124,20 @@ def test_a_run_with_a_discriminator_resumes_to_the_bit(make_config: Any, monkeyp
         assert all(torch.equal(one[key], value) for key, value in other.items()), name
 
 
+def test_averaged_weights_advance_once_a_step_of_both_networks(
+    make_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sd_vae.losses import AdversarialConfig
+    from training.ema import EMA
+
+    calls, update = [], EMA.update_parameters
+    monkeypatch.setattr(EMA, "update_parameters", lambda self, vae: (calls.append(1), update(self, vae)))
+
+    train(make_config(steps=3, loss={"adversarial": AdversarialConfig(weight=0.5, width=8, num_layers=1)}))
+
+    assert len(calls) == 3
+
+
 def test_latent_space_certifies_an_untouched_encoder(tiny_vae: AutoencoderKL) -> None:
     space = LatentSpace(tiny_vae, torch.rand(2, 3, 16, 16), torch.device("cpu"), equivariance=False)
     with torch.no_grad():

@@ -74,7 +74,7 @@ def worst(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> flo
     for kind in {name.split(".")[0] for name in theirs}:
         names = [name for name in theirs if name.split(".")[0] == kind]
         difference = max(float((ours[name] - theirs[name]).abs().max()) for name in names)
-        ratios.append(difference / max(float(theirs[name].abs().max()) for name in names))
+        ratios.append(difference / max(1e-30, *(float(theirs[name].abs().max()) for name in names)))
     return max(ratios)
 
 
@@ -86,6 +86,7 @@ def test_two_processes_are_really_two(two: dict[str, Any]) -> None:
 def test_gradients_of_two_processes_equal_those_of_one(two: dict[str, Any], one: Any, variant: str) -> None:
     difference = worst(two[variant]["gradients"], one(variant)["gradients"])
 
+    # worst seen 3.0e-15
     assert difference < 1e-10
 
 
@@ -95,6 +96,7 @@ def test_weights_after_twenty_steps_of_two_processes_equal_those_of_one(
 ) -> None:
     difference = worst(two[variant]["weights"], one(variant)["weights"])
 
+    # worst seen 1.2e-13
     assert difference < 1e-8
 
 
