@@ -55,6 +55,8 @@ class Progress:
     """Updates that were not taken because loss or gradient was not finite."""
     rejects: int = 0
     """Attempts to read a picture that failed so far, on all processes."""
+    best: float | None = None
+    """Best value so far of the metric that chooses best/."""
     num_processes: int = 0
     """Processes that trained; 0 where an older version did not say."""
 

@@ -21,6 +21,8 @@ from sd_vae.files import read_text, write_text
 from sd_vae.losses.config import LossConfig
 from sd_vae.validation import STRICT, from_plain
 
+from .config_extras import ReportConfig, SpeedConfig
+
 __all__ = ["REQUIRED", "ModelConfig", "OptimConfig", "TrainConfig", "load_recipe", "save_recipe"]
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -99,6 +101,8 @@ class OptimConfig:
     """Optimizer steps over which the learning rate rises from 0."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm, those of each network by themselves; 0 leaves them alone."""
+    fused: bool = False
+    """Update all weights in one kernel, which is faster on a GPU."""
     discriminator_lr: float | None = None
     """Learning rate of the discriminator after warm-up; the same as `lr` where it is not given. All else is shared."""
 
@@ -159,6 +163,8 @@ class TrainConfig:
     data: DataConfig
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
 
     def __post_init__(self) -> None:
         """Check the ranges.

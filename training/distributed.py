@@ -1,5 +1,6 @@
 """The only place that configures Accelerate, and the signals that end a run politely."""
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -22,8 +23,14 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     """Return the process's Accelerator: devices and processes as the launcher says, precision as the config says.
 
     Raises:
-        UserError: fp16 without a GPU, whose gradients it could not scale.
+        UserError: fp16 without a GPU, whose gradients it could not scale; or a launcher that splits the weights.
     """
+    for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"):
+        if os.environ.get(variable, "false").lower() in ("1", "true", "yes"):
+            raise UserError(
+                f"{variable} is set, and weights that are split over devices are not offered: a VAE fits on one. "
+                "Choose plain multi-GPU in `accelerate config`; for memory, set model.gradient_checkpointing true."
+            )
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UserError("mixed_precision is fp16, which needs a GPU; choose bf16 or no.")
     AcceleratorState._reset_state()  # a second run in one process may choose another precision

@@ -23,7 +23,14 @@ def build_optimizer(
     groups: list[dict[str, Any]] = [{"params": list(parameters)}]
     if undecayed:
         groups.append({"params": list(undecayed), "weight_decay": 0.0})
-    return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+    return AdamW(
+        groups,
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=config.fused or None,
+    )
 
 
 def build_schedule(optimizer: AdamW, config: OptimConfig, num_steps: int) -> LRScheduler:

@@ -1,11 +1,16 @@
 """What a run writes for people to read: metrics.jsonl, TensorBoard events, the model card."""
 
+import dataclasses
+import hashlib
 import json
 import platform
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from PIL import Image
 
 from sd_vae.errors import UserError
 from sd_vae.files import file_errors, finite, read_text, write_text
@@ -16,39 +21,79 @@ __all__ = ["MetricsLog", "model_card", "read_metrics", "versions"]
 
 
 class MetricsLog:
-    """Rows of numbers by step, to `metrics.jsonl` and, where asked, TensorBoard.
+    """Rows of numbers by step, to `metrics.jsonl` and, where asked, TensorBoard and Weights & Biases.
 
     Args:
         folder: Run folder.
+        config: Says where else rows and pictures go.
         step: Rows after this step are cut off: a resumed run writes them again.
-        tensorboard: Also write events to `tensorboard/`.
+
+    Raises:
+        UserError: Weights & Biases is asked for and missing or out of reach.
     """
 
-    def __init__(self, folder: Path, *, step: int, tensorboard: bool) -> None:
+    def __init__(self, folder: Path, config: TrainConfig, *, step: int) -> None:
         self.path = folder / "metrics.jsonl"
         rows = [row for row in read_metrics(self.path) if row["step"] <= step] if self.path.exists() else []
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         self._writer: Any = None
-        if tensorboard:
+        self._wandb = _open_wandb(folder, config)
+        if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             with file_errors("write", folder / "tensorboard"):
                 self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Append one row and flush it."""
+    def write(self, step: int, values: Mapping[str, float], picture: Image.Image | None = None) -> None:
+        """Append one row and flush it; a picture goes to where pictures can be looked at."""
         with file_errors("write", self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite({"step": step, **values})) + "\n")
         if self._writer is not None:
             with file_errors("write", self.path.parent / "tensorboard"):
                 for name, value in values.items():
                     self._writer.add_scalar(name, value, step)
+                if picture is not None:
+                    self._writer.add_image("reconstructions", np.asarray(picture), step, dataformats="HWC")
+        if self._wandb is not None:
+            import wandb
+
+            pictures = {} if picture is None else {"reconstructions": wandb.Image(picture)}
+            self._wandb.log({**values, **pictures}, step=step)
 
     def close(self) -> None:
         """Finish the events file."""
         if self._writer is not None:
             with file_errors("write", self.path.parent / "tensorboard"):
                 self._writer.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _open_wandb(folder: Path, config: TrainConfig) -> Any:
+    """The run of Weights & Biases that a run folder has, the same one after it is resumed; None where none is asked."""
+    if config.report.wandb_project is None:
+        return None
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(
+            'report.wandb_project needs Weights & Biases; install it: pip install "sd-vae[wandb]", or leave it out.'
+        ) from error
+    try:
+        return wandb.init(
+            project=config.report.wandb_project,
+            name=folder.resolve().name,
+            id=hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16],
+            resume="allow",
+            dir=str(folder),
+            config=dataclasses.asdict(config),
+        )
+    except (OSError, wandb.Error) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UserError(
+            f"cannot open the Weights & Biases project {config.report.wandb_project}: {reason}; log in with "
+            "`wandb login`, set WANDB_MODE=offline, or leave report.wandb_project out."
+        ) from error
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

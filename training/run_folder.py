@@ -3,21 +3,40 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from sd_vae.autoencoder import AutoencoderKL
 from sd_vae.checkpoints import save_vae
 from sd_vae.errors import UserError
-from sd_vae.files import finite, make_folder, require_own_folder, write_json, write_text
+from sd_vae.files import file_errors, finite, make_folder, require_own_folder, write_json, write_text
 
 from .config import TrainConfig
+from .config_extras import BEST_METRICS
 from .records import model_card
 
-__all__ = ["RunResult", "make_run_folder", "require_new_run", "shareable", "with_absolute_paths", "write_result"]
+__all__ = [
+    "RunLock",
+    "RunResult",
+    "is_better",
+    "make_run_folder",
+    "require_new_run",
+    "save_best",
+    "shareable",
+    "with_absolute_paths",
+    "write_result",
+]
 
-OWN = ("config.yaml", "metrics.jsonl", "samples", "checkpoints", "tensorboard", "vae", "report.json")
+LOCK = "run.lock"
+"""There while a run writes into its folder."""
+
+OWN = (
+    *("config.yaml", "metrics.jsonl", "samples", "checkpoints", "tensorboard", "wandb", "vae", "best", "report.json"),
+    LOCK,
+)
 """What a run writes; a folder that holds anything else is never replaced."""
 
 
@@ -57,15 +76,70 @@ def require_new_run(config: TrainConfig, *, overwrite: bool) -> None:
             )
 
 
-def make_run_folder(folder: Path, *, is_new: bool) -> None:
-    """Make a run's folder, empty for a new run: `require_new_run` has looked at what is there.
+class RunLock:
+    """Keeps a second run out of a folder; the system takes it back when the process ends, however it ends.
+
+    Args:
+        folder: Run folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / LOCK
+        self._lock = FileLock(self._path, is_singleton=False)
+
+    def acquire(self) -> None:
+        """Take it.
+
+        Raises:
+            UserError: Another run has it, or it cannot be written.
+        """
+        with file_errors("write", self._path):
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                raise UserError(
+                    f"another run is writing into {self._path.parent}; wait until it ends or stop it, or choose "
+                    "another --out."
+                ) from None
+
+    def release(self) -> None:
+        """Give it back; nothing where it was not taken."""
+        if self._lock.is_locked:
+            self._path.unlink(missing_ok=True)
+            self._lock.release()
+
+
+def make_run_folder(folder: Path, lock: RunLock, *, is_new: bool) -> None:
+    """Make a run's folder and lock it, empty for a new run: `require_new_run` has looked at what is there.
 
     Raises:
-        UserError: It cannot be made.
+        UserError: It cannot be made, or another run is writing into it.
     """
-    if is_new and folder.exists():
-        shutil.rmtree(folder)
     make_folder(folder)
+    lock.acquire()
+    for item in list(folder.iterdir()) if is_new else ():
+        if item.name == LOCK:
+            continue
+        shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
+
+
+def is_better(metric: str, values: Mapping[str, float], best: float | None) -> bool:
+    """Whether a validation is the best so far by a metric.
+
+    Raises:
+        UserError: The validation has no such metric.
+    """
+    if metric not in values:
+        raise UserError(
+            f"report.best_metric is {metric}, which this run does not measure; choose: {', '.join(values)}."
+        )
+    return best is None or (values[metric] > best if BEST_METRICS[metric] else values[metric] < best)
+
+
+def save_best(folder: Path, vae: AutoencoderKL, metric: str, values: Mapping[str, float], step: int) -> None:
+    """Keep weights in `best/`, a diffusers folder, in place of those that were there."""
+    metadata = {"step": str(step), "chosen_by": metric, "validation": json.dumps(finite(dict(values)))}
+    save_vae(vae, folder / "best", metadata=metadata, overwrite=True)
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:

@@ -10,7 +10,6 @@ weights where there are any), `report.json`.
 
 import dataclasses
 import logging
-import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -33,8 +32,20 @@ from .data import TrainingData
 from .distributed import StopRequest, build_accelerator, stop_on_signals
 from .ema import EMA
 from .model import initial_vae, plain_vae, prepare_training_
+from .publishing import push, require_login
 from .records import MetricsLog, versions
-from .run_folder import RunResult, make_run_folder, require_new_run, with_absolute_paths, write_result
+from .rehearsal import memory_errors
+from .run_folder import (
+    RunLock,
+    RunResult,
+    is_better,
+    make_run_folder,
+    require_new_run,
+    save_best,
+    with_absolute_paths,
+    write_result,
+)
+from .throughput import Throughput, training_flops
 from .update import Update, UpdateResult
 from .validation import latent_moments, save_picture, validate
 
@@ -95,6 +106,7 @@ class Trainer:
         self.is_new = checkpoint is None
         if self.is_new:
             require_new_run(config, overwrite=overwrite)
+        require_login(config.report)
         self.accelerator = build_accelerator(config)
         self.data = TrainingData(config, self.accelerator)
         self.photos = self.data.photos
@@ -114,9 +126,24 @@ class Trainer:
     def fit(self) -> RunResult:
         """Run to the last step, save the VAE and return where it is."""
         config, accelerator = self.config, self.accelerator
-        self._start()
-        log = (
-            MetricsLog(self.folder, step=self.progress.step, tensorboard=config.tensorboard) if self._is_main else None
+        if config.speed.rehearse and accelerator.device.type != "cpu":  # a CPU's memory ends without an error
+            self.update.rehearse()
+        lock = self._start()
+        try:
+            self._run()
+            result = self._finish()
+        finally:
+            lock.release()
+        push(config.report, result)
+        return result
+
+    def _run(self) -> None:
+        """Take all steps."""
+        config, accelerator = self.config, self.accelerator
+        log = MetricsLog(self.folder, config, step=self.progress.step) if self._is_main else None
+        self.throughput = Throughput(
+            None if accelerator.device.type == "cpu" else training_flops(self.vae, config.data.size),
+            *(accelerator.device, accelerator.num_processes, self.progress.samples),
         )
         bar = tqdm(
             total=config.steps * self._samples_per_step,
@@ -126,9 +153,8 @@ class Trainer:
             smoothing=0.05,
         )
         try:
-            with stop_on_signals() as stop_request, bar:
+            with stop_on_signals() as stop_request, bar, memory_errors(config):
                 batches = self.data.batches(self.progress.samples)
-                self.last_log = time.perf_counter(), self.progress.samples
                 while self.progress.step < config.steps:
                     result = self._step(batches)
                     step = self.progress.step
@@ -150,7 +176,6 @@ class Trainer:
             if log is not None:
                 log.close()
         accelerator.wait_for_everyone()
-        return self._finish()
 
     # ---- one step
 
@@ -192,10 +217,9 @@ class Trainer:
         """Write a step's terms, means over processes, and return them."""
         means = {name: float(self.accelerator.reduce(value, "mean")) for name, value in result.terms.items()}
         channels = self.monitor.rows(self.accelerator.reduce(result.channels, "mean"), self.progress.step)
-        now, samples = time.perf_counter(), self.progress.samples  # after the values above have come from the device
-        images_per_s = (samples - self.last_log[1]) / (now - self.last_log[0])
-        self.last_log = now, samples
-        values = {"samples": samples, **means, "lr": self.update.mover.lr, "images_per_s": images_per_s, **channels}
+        samples = self.progress.samples
+        rates = self.throughput.rows(samples)  # after the values above have come from the device
+        values = {"samples": samples, **means, "lr": self.update.mover.lr, **rates, **channels}
         if self.progress.skipped:
             values["skipped_steps"] = self.progress.skipped
         if log is not None:
@@ -207,9 +231,13 @@ class Trainer:
         if log is None or self.photos is None:
             return
         values, picture = validate(self._best_vae(), self.objective, self.photos, self.accelerator.device)
-        self.progress = dataclasses.replace(self.progress, validation=values)
-        save_picture(picture, self.folder / "samples" / f"step-{self.progress.step:07d}.png")
-        log.write(self.progress.step, {f"validation/{name}": value for name, value in values.items()})
+        before, metric = self.progress, self.config.report.best_metric
+        self.progress = dataclasses.replace(before, validation=values)
+        save_picture(picture, self.folder / "samples" / f"step-{before.step:07d}.png")
+        log.write(before.step, {f"validation/{name}": value for name, value in values.items()}, picture)
+        if metric is not None and is_better(metric, values, before.best):
+            save_best(self.folder, plain_vae(self._best_vae()), metric, values, before.step)
+            self.progress = dataclasses.replace(self.progress, best=values[metric])
 
     def _save(self) -> None:
         """Write a checkpoint.
@@ -287,13 +315,14 @@ class Trainer:
         is_asked = self.config.loss.equivariance.probability > 0
         return LatentSpace(self.vae, photos, self.accelerator.device, equivariance=is_asked)
 
-    def _start(self) -> None:
-        """Make the run folder and say what will run."""
+    def _start(self) -> RunLock:
+        """Make the run folder, keep others out of it and say what will run."""
         config = self.config
         self.accelerator.wait_for_everyone()  # until every process has looked at what is there
+        lock = RunLock(self.folder)
         if not self._is_main:
-            return
-        make_run_folder(self.folder, is_new=self.is_new)
+            return lock
+        make_run_folder(self.folder, lock, is_new=self.is_new)
         save_recipe(with_absolute_paths(config), self.folder / "config.yaml")
         processes = self.accelerator.num_processes
         num_trained = sum(parameter.numel() for parameter in self.parameters)
@@ -305,6 +334,7 @@ class Trainer:
         )
         if self.photos is None:
             logger.info("no validation photos: set data.validation to see reconstructions and PSNR on the way")
+        return lock
 
     def _finish(self) -> RunResult:
         """Save the VAE with its scale, its provenance, the model card and the report."""
@@ -327,6 +357,7 @@ class Trainer:
             "latents": None if self.latent_space is None else self.latent_space.compare(vae),
             "unreadable": list(progress.unreadable),
             "rejects": progress.rejects,
+            "best": progress.best,
             "versions": versions(),
         }
         return write_result(self.config, vae, report)

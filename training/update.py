@@ -24,6 +24,7 @@ from .adversary import Adversary
 from .collapse import channel_moments
 from .config import TrainConfig
 from .optim import Mover
+from .rehearsal import memory_errors
 from .step import Means, TrainingForward, synchronised
 
 __all__ = ["Update", "UpdateResult"]
@@ -58,7 +59,10 @@ class Update:
         self.config = config
         self.vae = vae
         self.objective = objective
-        self.forward = accelerator.prepare_model(TrainingForward(vae, objective.output))
+        forward = TrainingForward(vae, objective.output)
+        if config.speed.compile:
+            forward.compile()
+        self.forward = accelerator.prepare_model(forward)
         trained = [parameter for parameter in vae.parameters() if parameter.requires_grad]
         undecayed = [] if objective.output is None else list(objective.output.parameters())
         self.mover = Mover(accelerator, trained, config.optim, config.steps, undecayed=undecayed)
@@ -81,12 +85,38 @@ class Update:
             result.terms.update(terms)
         return result
 
+    def rehearse(self) -> None:
+        """Go through all of an update that takes memory, optimizer states included, and leave no trace.
+
+        Raises:
+            ShortageError: It does not fit; names the settings to change.
+        """
+        size, none = self.config.data.size, torch.zeros(self.config.batch_size, dtype=torch.int64)
+        with memory_errors(self.config):
+            self._rehearse(Batch(torch.zeros(self.config.batch_size, 3, size, size), none, none, []))
+
     def state(self) -> tuple[dict[str, nn.Module], dict[str, Any]]:
         """Return what a checkpoint holds of it, besides the autoencoder: modules by file name, the rest by key."""
         models, states = ({}, {}) if self.adversary is None else self.adversary.state()
         if self.objective.output is not None:
             models["output"] = self.objective.output
         return models, states | self.mover.state()
+
+    def _rehearse(self, batch: Batch) -> None:
+        spare = [torch.empty_like(parameter) for parameter in self.mover.parameters for _ in range(2)]
+        networks = [self.mover] if self.adversary is None else [self.mover, self.adversary.mover]
+        with self.accelerator.no_sync(self.forward):
+            x, recon, posterior = self._reconstruct(batch, Similarity())
+            loss = self.objective(x, recon, posterior, 0).total
+            if self.adversary is not None:
+                loss = loss + self.adversary.judge(recon)
+            self.accelerator.backward(loss)
+        if self.adversary is not None:
+            with self.accelerator.no_sync(self.adversary.forward):
+                self.accelerator.backward(self.adversary.forward(torch.cat([x, recon.detach().to(x.dtype)])).sum())
+        for mover in networks:
+            mover.optimizer.zero_grad(set_to_none=True)
+        del spare
 
     def _half_step(
         self, batches: Sequence[Batch], step: int, similarity: Similarity

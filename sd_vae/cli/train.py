@@ -28,6 +28,8 @@ class Args(TrainConfig):
     """Recipe: a YAML file, or one that ships, such as from_scratch, ldm_kl_f8, finetune_decoder, domain_adapt_lora."""
     resume: str | None = None
     """Run folder to go on with; needs no other option."""
+    find_batch_size: bool = False
+    """On a GPU, lower batch_size until a step fits into memory, and raise gradient_accumulation_steps to make up."""
     overwrite: bool = False
     """Replace the run that is in --out."""
     json: bool = False
@@ -62,6 +64,10 @@ def run(argv: list[str]) -> None:
         result = resume(args.resume)
     else:
         config = TrainConfig(**{name: getattr(args, name) for name in fields})
+        if args.find_batch_size:
+            from training.batch_size import find_batch_size
+
+            config = find_batch_size(config, overwrite=args.overwrite)
         result = train(config, overwrite=args.overwrite)
     if not result.report:
         return  # not the main process
