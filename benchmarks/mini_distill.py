@@ -1,7 +1,7 @@
 """Teach the distilled perceptual network what LPIPS says of damaged photos.
 
     python -m benchmarks.mini_distill ../mini_data/train --holdout ../mini_data/holdout --alex ALEXNET
-        --squeeze SQUEEZENET --vae VAE [VAE ...] --out sd_vae/weights/distilled/distilled.safetensors
+        --squeeze SQUEEZENET --vae VAE [VAE ...] --out sd_vae/weights/distilled
 
 Damage is that of `benchmarks.mini_distortions` and reconstructions of VAEs at several stages of training. Distances are
 compared as logarithms, for whole crops and for each of 4x4 parts. As the network will be minimised, and a minimum is
@@ -19,15 +19,17 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from benchmarks.mini_distortions import distort
+from benchmarks.mini_release import write_sums
 from sd_vae.autoencoder import AutoencoderKL
 from sd_vae.checkpoints import load_vae
 from sd_vae.checkpoints.formats import write_safetensors
 from sd_vae.data import DataConfig, open_source, training_loader
+from sd_vae.files import atomic_file, make_folder
 from sd_vae.losses import PerceptualConfig, build_perceptual
-from sd_vae.losses.distilled import FeatureNet
+from sd_vae.losses.distilled import FILE_NAME, FeatureNet
 from sd_vae.losses.perceptual import LPIPS
 
-__all__ = ["damage", "distance_parts", "distil", "log_error", "mislead", "rank_correlation", "target_parts"]
+__all__ = ["damage", "distance_parts", "distil", "log_error", "mislead", "rank_correlation", "save", "target_parts"]
 
 PARTS = 4
 """Parts of a crop in each direction that are compared on their own."""
@@ -141,6 +143,15 @@ def rank_correlation(
     return float(spearmanr(ours, theirs).statistic)
 
 
+def save(net: FeatureNet, folder: Path) -> None:
+    """Write the network as it ships, in fp16, with its digest."""
+    make_folder(folder)
+    tensors = {name: tensor.half().cpu().contiguous() for name, tensor in net.state_dict().items()}
+    with atomic_file(folder / FILE_NAME) as temporary:
+        write_safetensors(temporary, tensors)
+    write_sums(folder)
+
+
 def main() -> None:
     """Distil, say how well it went, and write the weights in fp16."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -155,7 +166,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--every", type=int, default=1000, help="steps between measurements on held-out photos")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
     args = parser.parse_args()
     device = torch.device(args.device)
     teachers = {}
@@ -181,8 +192,7 @@ def main() -> None:
             correlation = rank_correlation(net, teachers["alex"], photos, vaes)
             recent = sum(losses[-args.every :]) / len(losses[-args.every :])
             print(f"step {len(losses)}: loss {recent:.4f}, rank correlation with alex {correlation:.4f}", flush=True)
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            write_safetensors(args.out, {k: v.half().cpu().contiguous() for k, v in net.state_dict().items()})
+            save(net, args.out)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from sd_vae.files import read_text, write_text
 from sd_vae.images import to_tensor
 from sd_vae.weights import SUMS, shipped_folder
 
-__all__ = ["ChannelMoments", "balance", "latent_moments", "release"]
+__all__ = ["ChannelMoments", "balance", "latent_moments", "release", "write_sums"]
 
 MAX_MB = 12.0
 """Size of what ships, in 10^6 bytes: it is in every clone and every wheel."""
@@ -91,10 +91,15 @@ def release(vae: AutoencoderKL, card: str, out: Path, *, overwrite: bool = False
         )
     save_vae(vae, out, dtype="float16", overwrite=overwrite)
     write_text(out / "README.md", card)
-    files = sorted(path for path in out.iterdir() if path.suffix in (".json", ".safetensors"))
-    digests = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files]
-    write_text(out / SUMS, "".join(digests))
+    write_sums(out)
     return shipped_folder(out.name, out.parent)
+
+
+def write_sums(folder: Path) -> None:
+    """Write the digests of a folder's configs and weights, which `sd_vae.weights` checks."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
+    digests = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files]
+    write_text(folder / SUMS, "".join(digests))
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ __all__ = ["DEFAULT_VAE", "MAKERS", "SHIPPED_VAES", "SUMS", "shipped_folder"]
 
 MAKERS = {
     "mini": "sd-vae train --config mini --data.train PHOTOS --out RUN",
-    "distilled": "python -m benchmarks.mini_distill PHOTOS --out FILE in a checkout of sd-vae",
+    "distilled": "python -m benchmarks.mini_distill PHOTOS --out FOLDER in a checkout of sd-vae",
 }
 """Name of what ships, and the command that makes one's own."""
 SHIPPED_VAES = ("mini",)

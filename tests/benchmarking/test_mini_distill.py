@@ -1,6 +1,7 @@
 """Teaching the distilled network: damage, targets, and that it learns what it is told."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from torch import Tensor
 
 from benchmarks import mini_distill
 from benchmarks.mini_distortions import DISTORTIONS, distort
-from sd_vae.losses.distilled import FeatureNet
+from sd_vae.losses.distilled import FILE_NAME, Distilled, FeatureNet
+from sd_vae.weights import shipped_folder
 
 
 class PixelTeacher:
@@ -110,3 +112,12 @@ def test_rank_correlation_is_one_with_itself(tiny_vae) -> None:
         return mini_distill.distance_parts(net, recon, x).mean(dim=(1, 2)).exp()
 
     assert mini_distill.rank_correlation(net, teacher, [photos(1), photos(1)], [tiny_vae]) == pytest.approx(1.0)
+
+
+def test_save_writes_what_the_training_term_takes(tmp_path: Path) -> None:
+    net = FeatureNet()
+
+    mini_distill.save(net, tmp_path / "distilled")
+
+    taken = Distilled(str(shipped_folder("distilled", tmp_path) / FILE_NAME)).model
+    assert all(torch.equal(a, b.half().float()) for a, b in zip(taken.parameters(), net.parameters(), strict=True))
