@@ -67,7 +67,7 @@ class Throughput:
         self.last = time.perf_counter(), samples
 
     def rows(self, samples: int) -> dict[str, float]:
-        """Return `images_per_s` and, on a GPU, `tflops_per_s` and `mfu` (its share of a known peak) since the last call."""
+        """Return `images_per_s` and, on a GPU, `tflops_per_s` and `mfu`, its share of a known peak, since last time."""
         now = time.perf_counter()
         images_per_s = (samples - self.last[1]) / (now - self.last[0])
         self.last = now, samples

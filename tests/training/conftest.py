@@ -37,7 +37,7 @@ def make_config(tmp_path: Path, photos: Path, tiny_vae: AutoencoderKL) -> Config
     tiny_vae.save_pretrained(start)
 
     def make(name: str = "run", **changes: Any) -> TrainConfig:
-        sections = {key: changes.pop(key, {}) for key in ("model", "data", "loss", "optim")}
+        sections = {key: changes.pop(key, {}) for key in ("model", "data", "loss", "optim", "report", "speed")}
         config = TrainConfig(
             out=str(tmp_path / name),
             steps=4,
