@@ -96,7 +96,7 @@ def test_weights_after_twenty_steps_of_two_processes_equal_those_of_one(
 ) -> None:
     difference = worst(two[variant]["weights"], one(variant)["weights"])
 
-    # worst seen 1.9e-9, of attention biases whose gradient is 0 up to rounding
+    # worst seen 1.9e-9
     assert difference < 1e-8
 
 
