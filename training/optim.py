@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LRScheduler
 
+from sd_vae.errors import UserError
+
 from .config import OptimConfig
 
 __all__ = ["Mover", "build_optimizer", "build_schedule"]
@@ -78,6 +80,9 @@ class Mover:
 
         Returns:
             Whether the step was taken, and the gradients' norm before clipping.
+
+        Raises:
+            UserError: The learning rate is beyond all numbers.
         """
         self.accelerator.unscale_gradients(self.optimizer)
         grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
@@ -87,12 +92,20 @@ class Mover:
         is_taken = bool(is_finite)
         self.lr = float(self.schedule.get_last_lr()[0])
         if is_taken:
-            self.optimizer.step()
+            self._step()
             self.schedule.step()
         elif self.accelerator.scaler is not None:
             self.accelerator.scaler.update()  # half precision overflowed: a smaller scale for the next step
         self.optimizer.zero_grad(set_to_none=True)
         return is_taken, grad_norm
+
+    def _step(self) -> None:
+        try:
+            self.optimizer.step()
+        except RuntimeError as error:
+            if "without overflow" not in str(error):
+                raise
+            raise UserError(f"optim.lr is {self.lr:g}, beyond the range of the weights' numbers; lower it.") from error
 
     def state(self, prefix: str = "") -> dict[str, Any]:
         """Return what a checkpoint holds of it, by name."""
