@@ -63,7 +63,8 @@ def require_new_run(config: TrainConfig, *, overwrite: bool) -> None:
             removed) or around it (the run would train on its own samples).
     """
     folder = Path(config.out)
-    require_own_folder(folder, OWN, kind="a run folder", overwrite=overwrite)
+    with file_errors("write", folder):  # a name that no file system takes
+        require_own_folder(folder, OWN, kind="a run folder", overwrite=overwrite)
     for name, source in _sources(config):
         if not Path(source).exists():
             continue

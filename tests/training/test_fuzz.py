@@ -35,6 +35,11 @@ def test_a_defect_is_seen_by_the_fuzzer(tmp_path: Path, monkeypatch: pytest.Monk
     assert "a defect" in bad[0][2]
 
 
+def test_a_run_folder_of_an_impossible_name_is_one_line(make_config: Any) -> None:
+    with pytest.raises(UserError, match=r"cannot write .*aaa: File name too long"):
+        train(make_config("a" * 300))
+
+
 @pytest.mark.parametrize("clip", [0.0, 1.0])
 def test_an_absurd_learning_rate_is_one_line(make_config: Any, clip: float) -> None:
     optim = {"lr": 1e38, "schedule": "constant", "warmup_steps": 0, "max_grad_norm": clip}
