@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sd_vae.banded.bands import Bands
 from sd_vae.ops.groupnorm import Statistics, scale_and_shift, tensor_statistics
 from sd_vae.ops.modules import is_plain, onloaded
-from sd_vae.ops.workspace import Workspace
+from sd_vae.ops.workspace import Workspace, trim_heap
 
 __all__ = ["CompiledEngine", "Prepared", "TorchEngine"]
 
@@ -85,6 +85,8 @@ class TorchEngine:
 
     def prepare(self, conv: nn.Module) -> Any:
         """Return what the steps below take for a convolution; good until the next of its kernel size is prepared."""
+        if self.device.type == "cpu":
+            trim_heap()  # bands of half precision are small enough for the allocator to keep: twice the peak, measured
         return conv
 
     def convolve(

@@ -5,17 +5,33 @@ time. Here every band takes a slab that another has left, still warm. The memory
 and all of it goes back to the system when the call ends: an idle process holds nothing.
 """
 
+import ctypes
+import functools
 import mmap
+import sys
+from collections.abc import Callable
 from math import prod
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
-__all__ = ["Workspace"]
+__all__ = ["Workspace", "trim_heap"]
 
 ALIGNMENT = 64  # bytes: one cache line
 HUGE_PAGE = 2**21
+
+
+def trim_heap() -> None:
+    """Give freed memory that glibc's allocator has kept back to the system; nothing where there is no glibc."""
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 class Workspace:

@@ -37,7 +37,7 @@ BAD = [
     ("train --config", "--config needs a value"),
     ("train --resume", "--resume needs a value"),
     (f"{TRAIN} --stps 3", "unknown: --stps 3; did you mean --steps?"),
-    (f"{TRAIN} --lr 3", "unknown: --lr 3; did you mean --optim.lr?"),
+    (f"{TRAIN} --lr 3", "unknown: --lr 3; did you mean --optim.discriminator-lr or --optim.lr?"),
     (f"{TRAIN} again", "unknown: again"),
     (f"{TRAIN} --steps 1.5", "--steps is '1.5', it must be a whole number"),
     (f"{TRAIN} --optim.lr abc", "--optim.lr is 'abc', it must be a number"),

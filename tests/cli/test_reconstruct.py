@@ -246,7 +246,7 @@ def test_reconstruct_interrupted_leaves_nothing(vae_folder, pictures, tmp_path, 
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("eval.evaluator.decode_picture", interrupt)
+    monkeypatch.setattr("eval.routes.decode_picture", interrupt)
 
     assert reconstruct(vae_folder, pictures, "--out", tmp_path / "out") == 130
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pictures", "vae"]
@@ -256,7 +256,7 @@ def test_reconstruct_out_of_memory_says_what_to_do(vae_folder, pictures, tmp_pat
     def exhaust(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nmore")
 
-    monkeypatch.setattr("eval.evaluator.decode_picture", exhaust)
+    monkeypatch.setattr("eval.routes.decode_picture", exhaust)
 
     assert reconstruct(vae_folder, pictures, "--out", tmp_path / "out") == 2
     assert "--size" in capsys.readouterr().err

