@@ -11,7 +11,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS = {"sd_vae", "training", "eval", "benchmarks", "examples"}
-OPTIONAL = {"triton", "streaming", "ray", "wandb", "xformers"}  # imported where they are, and said to be missing where not
+OPTIONAL = {
+    "triton",
+    "streaming",
+    "ray",
+    "wandb",
+    "xformers",
+}  # imported where they are, and said to be missing where not
 TRANSITIVE = {"llvmlite": "numba", "mpl_toolkits": "matplotlib"}
 
 
