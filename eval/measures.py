@@ -83,7 +83,8 @@ class Measures:
             UserError: Names the metric and the size that it needs.
         """
         for name in self.functions:
-            smallest = MIN_SIZE.get(name, 1)
+            is_ours = self.table[name] is METRICS.get(name)  # and not a perceptual loss of the same name
+            smallest = MIN_SIZE.get(name, 1) if is_ours else 1
             if min(x.size) < smallest:
                 raise UserError(
                     f"{self.table[name].label} needs pictures of at least {smallest}x{smallest} pixels, this one has "

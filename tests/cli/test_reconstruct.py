@@ -243,7 +243,7 @@ def test_reconstruct_refuses_an_output_that_cannot_be_made(vae_folder, pictures,
 
 
 def test_reconstruct_interrupted_leaves_nothing(vae_folder, pictures, tmp_path, monkeypatch):
-    def interrupt(*_):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("eval.routes.decode_picture", interrupt)
@@ -253,7 +253,7 @@ def test_reconstruct_interrupted_leaves_nothing(vae_folder, pictures, tmp_path, 
 
 
 def test_reconstruct_out_of_memory_says_what_to_do(vae_folder, pictures, tmp_path, monkeypatch, capsys):
-    def exhaust(*_):
+    def exhaust(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nmore")
 
     monkeypatch.setattr("eval.routes.decode_picture", exhaust)
