@@ -85,7 +85,9 @@ def test_load_vae_lists_what_ships_where_nothing_is_found(tmp_path: Path, monkey
         sd_vae.load_vae("mni")
 
 
-@pytest.mark.parametrize("name", [name for name in weights.SHIPPED_VAES if (Path(weights.__file__).parent / name).is_dir()])
+@pytest.mark.parametrize(
+    "name", [name for name in weights.SHIPPED_VAES if (Path(weights.__file__).parent / name).is_dir()]
+)
 def test_shipped_weights_are_whole_and_load(name: str) -> None:
     vae = sd_vae.load_vae(weights.shipped_folder(name))
 
