@@ -63,7 +63,7 @@ def test_train_interrupted_saves_and_names_the_command_that_goes_on(
 
 
 def test_train_interrupted_while_it_is_set_up_leaves_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("training.optim.build_optimizer", interrupt)
