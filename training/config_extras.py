@@ -7,7 +7,9 @@ from sd_vae.validation import STRICT
 
 __all__ = ["BEST_METRICS", "ReportConfig", "SpeedConfig"]
 
-BEST_METRICS = {"psnr_db": True, "ssim": True, "loss": False, "reconstruction": False, "lpips": False}
+BEST_METRICS = {"psnr_db": True} | dict.fromkeys(
+    ("reconstruction", "lpips_vgg", "lpips_alex", "lpips_squeeze", "distilled", "ms_ssim"), False
+)
 """Validation metrics that can choose the best weights, and whether more is better; a term of the loss counts where the
 loss has it."""
 
@@ -21,7 +23,8 @@ class ReportConfig:
     wandb_project: str | None = None
     """Project of Weights & Biases that gets the numbers and pictures too; needs the extra `wandb`."""
     best_metric: str | None = None
-    """Validation metric whose best weights are kept in best/: psnr_db, ssim, or a term of the loss such as lpips."""
+    """Validation metric whose best weights are kept in best/: psnr_db, or a term of the loss such as
+    reconstruction or lpips_vgg."""
     push_to_hub: str | None = None
     """Repository USER/NAME of the hub that the finished VAE is uploaded to."""
     hub_private: bool = True

@@ -68,15 +68,20 @@ def test_a_lock_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("metric", "value", "best", "expected"),
-    [("psnr_db", 2.0, 1.0, True), ("psnr_db", 1.0, 1.0, False), ("loss", 1.0, 2.0, True), ("loss", 2.0, None, True)],
+    [
+        ("psnr_db", 2.0, 1.0, True),
+        ("psnr_db", 1.0, 1.0, False),
+        ("lpips_vgg", 1.0, 2.0, True),
+        ("reconstruction", 2.0, None, True),
+    ],
 )
 def test_is_better_knows_the_direction(metric: str, value: float, best: float | None, expected: bool) -> None:
     assert is_better(metric, {metric: value}, best) is expected
 
 
 def test_a_metric_that_is_not_measured_is_refused() -> None:
-    with pytest.raises(UserError, match=r"report.best_metric is lpips, .*choose: psnr_db"):
-        is_better("lpips", {"psnr_db": 1.0}, None)
+    with pytest.raises(UserError, match=r"report.best_metric is lpips_alex, .*choose: psnr_db"):
+        is_better("lpips_alex", {"psnr_db": 1.0}, None)
 
 
 def test_best_weights_are_those_of_the_best_validation(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,3 +340,11 @@ def test_resuming_with_other_processes_says_what_changed(make_config: Any, caplo
         resume(folder)
 
     assert "1 process now, 4 before: a step is 2 pictures, it was 8. The order goes on at picture 4" in caplog.text
+
+
+def test_every_metric_that_can_choose_is_a_term_that_some_loss_has() -> None:
+    from training.config_extras import BEST_METRICS
+
+    lpips = {f"lpips_{net}" for net in ("vgg", "alex", "squeeze")}
+
+    assert set(BEST_METRICS) == {"psnr_db", "reconstruction", "distilled", "ms_ssim"} | lpips
