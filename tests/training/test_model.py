@@ -1,5 +1,6 @@
 """What trains, what a run ends with, and what it says of the latent space."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -48,13 +49,16 @@ def test_lora_trains_additions_to_the_decoder_alone(tiny_vae: AutoencoderKL) -> 
     assert any("conv_out.lora_B" in name for name in names)
 
 
-def test_lora_begins_as_the_network_it_adds_to(tiny_vae: AutoencoderKL) -> None:
+def test_lora_begins_as_the_network_it_adds_to(
+    tiny_vae: AutoencoderKL, assert_close: Callable[..., None]
+) -> None:
     z = torch.randn(1, 4, 8, 8)
     before = tiny_vae.decode(z).sample
 
     prepare_training_(tiny_vae, ModelConfig(**LORA))
 
-    torch.testing.assert_close(tiny_vae.decode(z).sample, before, rtol=0, atol=1e-6)
+    # Adapters add zeros, and keep the fast kernels from their layers: what differs is rounding.
+    assert_close(tiny_vae.decode(z).sample, before, 1e-5)
 
 
 def test_plain_vae_of_lora_is_merged_and_leaves_the_trained_one_alone(tiny_vae: AutoencoderKL) -> None:
