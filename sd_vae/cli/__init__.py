@@ -21,8 +21,13 @@ COMMANDS = {
     "encode": "turn a data set of pictures into latents, by one process or many, and go on after a stop",
     "latents": "check, measure, look at and convert a store of latents",
     "decode": "latents back to pictures, from a store or from what another trainer reads",
+    "sample": "pictures of latents drawn from a prior, N(0, I) or one fitted to a store",
+    "compress": "pictures to small files of quantised latents",
+    "decompress": "small files of quantised latents back to pictures",
+    "interpolate": "from picture to picture through the latent space, as a sheet or a film",
     "convert": "rewrite a checkpoint in another layout, verified by loading it back",
     "inspect": "what is in a checkpoint: layout, config, dtype, parameters, problems",
+    "anomaly": "find pictures that are unlike normal ones, and where",
     "bench": "speed and memory beside diffusers on this machine, and which version of what runs",
 }
 """Command to one line of help; each lives in the module of its name."""

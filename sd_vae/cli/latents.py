@@ -12,6 +12,7 @@ ACTIONS = {
     "verify": "read a store from end to end, encode some pictures again, name every damage",
     "stats": "mean, std, covariance, KL and active units, and the scale that follows from them",
     "preview": "pictures through the decoder, and a matrix from latents to colours",
+    "direction": "an attribute vector from two stores, pictures with it and pictures without",
     "export": "write a store in the layout of another trainer",
 }
 """Action to one line of help; each lives in the module latents_ACTION."""
