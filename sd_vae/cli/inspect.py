@@ -11,6 +11,7 @@ import tyro
 from sd_vae.cli import console
 from sd_vae.cli.default_vae import parse_with_vae
 from sd_vae.cli.probing import probe_pictures, probe_progress
+from sd_vae.errors import UserError
 
 if TYPE_CHECKING:
     from sd_vae.checkpoints import Inspection
@@ -50,10 +51,12 @@ def run(argv: list[str]) -> None:
         argv: Its arguments.
 
     Raises:
-        UserError: As `sd_vae.checkpoints.inspect_checkpoint`, and with --probe as `load_vae` and
-            `sd_vae.half_precision.probe`.
+        UserError: As `sd_vae.checkpoints.inspect_checkpoint`, with --probe as `load_vae` and
+            `sd_vae.half_precision.probe`, and what belongs to --probe was given without it.
     """
     args = parse_with_vae(Args, argv, command="inspect")
+    if args.probe is None and (args.probe_pictures, args.probe_size) != (Args.probe_pictures, Args.probe_size):
+        raise UserError("--probe-pictures and --probe-size choose from photos that --probe DATA names; give it too.")
 
     from sd_vae.checkpoints import inspect_checkpoint
 

@@ -167,6 +167,7 @@ def test_inspect_command_puts_the_ranges_into_its_json(capsys) -> None:
         ("start --probe nowhere", "nowhere"),
         ("start --probe empty", "no pictures"),
         ("start --probe photos --probe-pictures 0", "at least 1 picture"),
+        ("start --probe-size 64", "--probe DATA"),
         ("nan --probe photos", "not finite"),
     ],
 )
