@@ -16,7 +16,7 @@ from sd_vae.latents.format import Numerics
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["encoder_fingerprint", "numerics_of"]
+__all__ = ["decoder_fingerprint", "encoder_fingerprint", "numerics_of"]
 
 _LIBRARIES = ("sd-vae", "torch", "numpy", "pillow", "pyarrow", "safetensors")
 """Libraries whose version may change a byte of a store: they decode, compute or write."""
@@ -32,20 +32,38 @@ def encoder_fingerprint(vae: torch.nn.Module) -> str:
     Raises:
         UserError: The VAE has no encoder, or its weights are not loaded.
     """
+    return _digest(vae, ("encoder.", "quant_conv."))
+
+
+def decoder_fingerprint(vae: torch.nn.Module) -> str:
+    """Return the sha256 of the weights that decoding reads, in hexadecimal.
+
+    As `encoder_fingerprint`, over `decoder` and `post_quant_conv`, but of the numbers as float32: weights in half
+    precision and the same numbers in full precision are one decoder.
+
+    Raises:
+        UserError: The VAE has no decoder, or its weights are not loaded.
+    """
+    return _digest(vae, ("decoder.", "post_quant_conv."), as_float32=True)
+
+
+def _digest(vae: torch.nn.Module, prefixes: tuple[str, ...], *, as_float32: bool = False) -> str:
+    """The sha256 over the tensors whose names begin so."""
     import torch
 
     tensors = {
         name: tensor
         for name, tensor in vae.state_dict().items()
         # Fused projections repeat q, k and v.
-        if name.startswith(("encoder.", "quant_conv.")) and ".to_qkv." not in name
+        if name.startswith(prefixes) and ".to_qkv." not in name
     }
     if not tensors:
-        raise UserError(f"a {type(vae).__name__} has no tensors named encoder.*; pass an AutoencoderKL.")
+        raise UserError(f"a {type(vae).__name__} has no tensors named {prefixes[0]}*; pass an AutoencoderKL.")
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         if tensor.is_meta:
             raise UserError(f"{name} is on the meta device and has no values; load the weights first.")
+        tensor = tensor.float() if as_float32 else tensor
         dtype = str(tensor.dtype).removeprefix("torch.")
         digest.update(f"{name} {dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

@@ -16,6 +16,7 @@ OPTIONAL = {
     "streaming",
     "ray",
     "wandb",
+    "constriction",
     "xformers",
 }  # imported where they are, and said to be missing where not
 TRANSITIVE = {"llvmlite": "numba", "mpl_toolkits": "matplotlib"}
