@@ -4,7 +4,7 @@ Raised for every mistake of a user, printed by the command line as a single line
 assertions or whatever Python raises, and keep their traceback.
 """
 
-__all__ = ["UserError"]
+__all__ = ["UnreachableError", "UserError"]
 
 
 class UserError(ValueError):
@@ -13,3 +13,7 @@ class UserError(ValueError):
     The message is one line: the invariant that was broken, the value that broke it, the remedy. Lower case start,
     full stop at the end.
     """
+
+
+class UnreachableError(UserError):
+    """Data is there, and the network does not bring it: one picture cannot stand in for another, the run must wait."""

@@ -17,7 +17,7 @@ class DataConfig:
 
     train: str | tuple[str, ...]
     """Folder of pictures (with the folders below it), parquet file or folder of them, WebDataset tars (one, a folder of
-    them, or shards/{0000..0099}.tar), or hf://DATASET[:SPLIT]; or several of these."""
+    them, shards/{0000..0099}.tar, or https://HOST/{0000..0099}.tar), or hf://DATASET[:SPLIT]; or several of these."""
     weights: tuple[float, ...] = ()
     """Share of the samples that comes from each of several sources, relative to the others; by their number of pictures
     where none are given."""
@@ -41,14 +41,20 @@ class DataConfig:
     """Tars and streams are shuffled within windows of this many pictures, after their tars have been; what is needed at
     a time then lies close together. Of a stream, a window is held in memory. 0 shuffles all tars as a whole."""
     timeout_s: float = 300.0
-    """Seconds without a picture after which a stream is opened again, and a batch of the workers ends the run."""
+    """Seconds without a picture after which a stream is opened again, and a batch of the workers ends the run; requests
+    for parts of remote tars are given up early enough that all their retries fit into half of it."""
     retries: int = 5
-    """Times in a row that a stream is opened again."""
+    """Times in a row that a stream is opened again, and that a part of a remote tar is asked for again."""
 
     @property
     def sources(self) -> tuple[str, ...]:
         """What `train` names, one or several."""
         return (self.train,) if isinstance(self.train, str) else self.train
+
+    @property
+    def request_timeout_s(self) -> float:
+        """Seconds without a byte after which a request for a part of a remote tar is given up."""
+        return self.timeout_s / 2 / (self.retries + 1)
 
     def __post_init__(self) -> None:
         """Check the rules.

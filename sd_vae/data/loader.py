@@ -25,7 +25,7 @@ from sd_vae.data.randomness import sample_rng
 from sd_vae.data.records import Record
 from sd_vae.data.stream import Images, TrainingSource
 from sd_vae.data.transforms import random_resized_crop
-from sd_vae.errors import UserError
+from sd_vae.errors import UnreachableError, UserError
 from sd_vae.images import open_image
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ class Batch(NamedTuple):
     """Picture of each sample, (B,), int64; where it was not readable, still the one that was asked for."""
     unreadable: list[str]
     """One line for each attempt to read a picture that failed: its name and why."""
+    num_retries: int = 0
+    """Requests over the network that were made again."""
 
 
 def training_loader(
@@ -93,7 +95,8 @@ class TrainingLoader:
     """An endless iterable of `Batch`; every iteration begins at the same start.
 
     Raises:
-        UserError: While iterating: no picture of the source can be read, or no batch comes in time.
+        UserError: While iterating: no picture of the source can be read, the network does not bring one, or no batch
+            comes in time.
     """
 
     def __init__(self, batches: DataLoader[Any]) -> None:
@@ -123,6 +126,9 @@ class _Sample:
     epoch: int
     index: int
     unreadable: list[str]
+    num_retries: int = 0
+    unreachable: str = ""
+    """Why the run cannot go on."""
 
 
 class _Stream(Sampler[list[Address]]):
@@ -151,16 +157,19 @@ class _Crops(Dataset[_Sample]):
 
     def __getitem__(self, address: Address) -> _Sample:
         epoch, index, record = address
+        before = self.source.num_retries
         unreadable: dict[str, None] = {}
         for candidate in [index] if record is not None else self.source.candidates(epoch, index):
             try:
                 image = self.source.load(candidate) if record is None else _open(record)
+            except UnreachableError as error:
+                return _Sample(None, epoch, index, list(unreadable), unreachable=str(error))
             except UserError as error:
                 unreadable[str(error)] = None
                 continue
             config, rng = self.config, sample_rng(self.seed, epoch, index, "crop")
             x = random_resized_crop(image, config.size, config.crop_scale, config.flip, rng)
-            return _Sample(x, epoch, index, list(unreadable))
+            return _Sample(x, epoch, index, list(unreadable), self.source.num_retries - before)
         return _Sample(None, epoch, index, list(unreadable))
 
 
@@ -170,6 +179,9 @@ def _open(record: Record) -> Image.Image:
 
 def _collate(samples: list[_Sample]) -> Batch | str:
     """The batch, or the user's error as text: an exception that leaves a worker arrives with its traceback in it."""
+    for sample in samples:
+        if sample.unreachable:
+            return sample.unreachable
     unreadable = [line for sample in samples for line in sample.unreadable]
     crops = [sample.x for sample in samples if sample.x is not None]
     if not crops:
@@ -182,6 +194,7 @@ def _collate(samples: list[_Sample]) -> Batch | str:
         torch.tensor([sample.epoch for sample in samples]),
         torch.tensor([sample.index for sample in samples]),
         unreadable,
+        sum(sample.num_retries for sample in samples),
     )
 
 

@@ -11,10 +11,12 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
+from urllib.parse import urlsplit
 
 from sd_vae.data.config import DataConfig
 from sd_vae.data.randomness import sample_rng
 from sd_vae.data.records import Record, open_records
+from sd_vae.data.remote import RemoteFiles, is_remote, without_secrets
 from sd_vae.data.sources import HUB_PREFIX, open_source
 from sd_vae.data.stream_hub import StreamImages
 from sd_vae.data.stream_order import MixtureOrder, ShardOrder
@@ -111,6 +113,11 @@ class TrainingSource:
         epoch, record = self.streams[number - len(self.images)].at(position)
         return epoch, number * NUMBERS + record.position, record
 
+    @property
+    def num_retries(self) -> int:
+        """Requests that were made again, in this process, for pictures of sources with an index."""
+        return sum(getattr(source, "num_retries", 0) for source in self.images)
+
     def load(self, index: int) -> Image.Image:
         """Return the picture of a number as RGB, upright.
 
@@ -123,14 +130,16 @@ class TrainingSource:
     def candidates(self, epoch: int, index: int) -> Iterator[int]:
         """Yield a picture's number and what takes its place where it cannot be read: the next, then any, then all.
 
-        A whole tar may be missing, and then the pictures after it should not stand in for all of its own.
+        A whole tar may be missing, and then the pictures after it should not stand in for all of its own. Of a source
+        on the web not all are tried: that would be as many requests, and none might be answered.
         """
         source, local = divmod(index, NUMBERS)
         size = len(self.images[source])
+        num_last = 0 if size <= NUM_NEXT or getattr(self.images[source], "is_remote", False) else size
         yield from (source * NUMBERS + (local + offset) % size for offset in range(min(NUM_NEXT, size)))
         rng = sample_rng(self.seed, epoch, index, "replacement")
         yield from (source * NUMBERS + int(other) for other in rng.integers(0, size, NUM_ANY if size > NUM_NEXT else 0))
-        yield from (source * NUMBERS + other for other in range(size if size > NUM_NEXT else 0))
+        yield from (source * NUMBERS + other for other in range(num_last))
 
 
 def open_training_source(config: DataConfig, seed: int) -> TrainingSource:
@@ -142,7 +151,10 @@ def open_training_source(config: DataConfig, seed: int) -> TrainingSource:
     streamed = [spec for spec in config.sources if config.streaming and spec.startswith(HUB_PREFIX)]
     indexed = [spec for spec in config.sources if spec not in streamed]
     weights = dict(zip(config.sources, config.weights, strict=True)) if config.weights else {}
-    images = [open_images(spec, config.image_column) for spec in indexed]
+    images = [
+        open_images(spec, config.image_column, RemoteFiles(timeout_s=config.request_timeout_s, retries=config.retries))
+        for spec in indexed
+    ]
     streams = [
         StreamImages(
             open_records(spec, columns=[], image_column=config.image_column, streaming=True),
@@ -158,16 +170,23 @@ def open_training_source(config: DataConfig, seed: int) -> TrainingSource:
     return TrainingSource(images, streams, shares, seed=seed, window=config.shuffle_window)
 
 
-def open_images(spec: str, image_column: str = "image") -> Images:
+def open_images(spec: str, image_column: str = "image", files: RemoteFiles | None = None) -> Images:
     """Return the pictures that `spec` names, by number.
 
     Args:
-        spec: As `open_source`, or a tar, a folder of tars, or many tars as `shards/{0000..0099}.tar`.
+        spec: As `open_source`, or a tar, a folder of tars, or many tars as `shards/{0000..0099}.tar`; a tar may be an
+            address on the web.
         image_column: Column with the pictures in tables, ending of the pictures in tars.
+        files: Reads what is remote.
 
     Raises:
-        UserError: As `open_source`; tars without pictures; a folder with tars and something else.
+        UserError: As `open_source`; tars without pictures; a folder with tars and something else; an address of
+            anything but tars.
     """
+    if is_remote(spec):
+        if not urlsplit(spec).path.endswith(".tar"):
+            raise UserError(f"{without_secrets(spec)} is no tar; of the web, name tars, or download it.")
+        return open_tar_images(spec, _expand(spec), image_column, files)
     path = Path(spec)
     if spec.endswith(".tar"):
         return open_tar_images(spec, _expand(spec), image_column)
@@ -180,10 +199,10 @@ def open_images(spec: str, image_column: str = "image") -> Images:
             f"{spec} holds {len(tars)} tars and {num_others} pictures or parquet files, and which to use is a guess; "
             "move one kind elsewhere or name a folder below it."
         )
-    return open_tar_images(spec, tars, image_column)
+    return open_tar_images(spec, [str(tar) for tar in tars], image_column)
 
 
-def _expand(spec: str) -> list[Path]:
+def _expand(spec: str) -> list[str]:
     """The tars that a name with `{first..last}` stands for, numbers padded as they are written."""
     ranges = re.findall(r"\{(\d+)\.\.(\d+)\}", spec)
     pieces = re.split(r"\{\d+\.\.\d+\}", spec)
@@ -195,4 +214,4 @@ def _expand(spec: str) -> list[Path]:
             )
         numbers = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
         names = [name + number + piece for name in names for number in numbers]
-    return [Path(name) for name in names]
+    return names

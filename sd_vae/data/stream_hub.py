@@ -10,12 +10,12 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-import time
 from collections.abc import Iterator
 from itertools import islice
 
 from sd_vae.data.randomness import stream_rng
 from sd_vae.data.records import Record, Records
+from sd_vae.data.remote import pause
 from sd_vae.errors import UserError
 
 __all__ = ["StreamImages"]
@@ -36,7 +36,7 @@ class StreamImages:
         window: Records that are held and shuffled at a time.
         timeout_s: Seconds without a record after which the stream is opened again.
         retries: Times in a row that it is opened again before the run ends.
-        pause_s: Seconds to wait before it is opened again, doubled each time.
+        pause_s: Seconds to wait before it is opened again, doubled each time, half a minute at most.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class StreamImages:
                         "network, then go on from the last checkpoint with --resume."
                     ) from error
                 logger.warning("%s is opened again at picture %d: %s", self.spec, start, reason)
-                time.sleep(self._pause_s * 2 ** (tries - 1))
+                pause(self._pause_s, tries)
 
 
 def _read_ahead(records: Records, start: int, timeout_s: float) -> Iterator[Record]:

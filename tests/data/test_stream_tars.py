@@ -3,6 +3,7 @@
 import itertools
 import logging
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -112,12 +113,12 @@ def test_a_damaged_tar_gives_what_comes_before(tars):
 
 
 def test_an_overwritten_header_is_damage_and_not_the_end(tars):
-    index = stream_tars.index_tar(tars / "01.tar")
+    index = stream_tars.index_tar(str(tars / "01.tar"))
     with (tars / "01.tar").open("r+b") as file:
         file.seek(int(index.offsets[2]) - 512)
         file.write(b"\xff" * 512)
 
-    found = stream_tars.index_tar(tars / "01.tar")
+    found = stream_tars.index_tar(str(tars / "01.tar"))
 
     assert len(found.offsets) == 2
     assert "is damaged at byte" in found.problem
@@ -158,7 +159,9 @@ def test_a_range_that_counts_down_is_refused(tars):
 def test_the_index_is_kept_until_the_tar_changes(tars, monkeypatch):
     scanned = []
     scan = stream_tars.index_tar
-    monkeypatch.setattr(stream_tars, "index_tar", lambda tar, column: scanned.append(tar.name) or scan(tar, column))
+    monkeypatch.setattr(
+        stream_tars, "index_tar", lambda tar, *others: scanned.append(Path(tar).name) or scan(tar, *others)
+    )
 
     for _ in range(2):
         assert len(open_images(str(tars))) == 9
