@@ -85,8 +85,6 @@ class TorchEngine:
 
     def prepare(self, conv: nn.Module) -> Any:
         """Return what the steps below take for a convolution; good until the next of its kernel size is prepared."""
-        if self.device.type == "cpu":
-            trim_heap()  # bands of half precision are small enough for the allocator to keep: twice the peak, measured
         return conv
 
     def convolve(
@@ -144,6 +142,8 @@ class TorchEngine:
         return window.permute(2, 0, 1)[None]
 
     def _room(self, shape: tuple[int, ...]) -> Tensor:
+        if self.device.type == "cpu":
+            trim_heap()  # what a step of half precision frees is small enough for the allocator to keep: twice the peak, measured
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
 
