@@ -168,6 +168,13 @@ def training_step() -> Result:
     return _of_figures(benchmark.measure())
 
 
+def trainer_step() -> Result:
+    """All that the trainer does in a step, against the step of diffusers' script with the same losses: 1.2x."""
+    from benchmarks import trainer_step as benchmark
+
+    return _of_figures(benchmark.measure())
+
+
 def encode_throughput() -> Result:
     """JPEG files to latents at 256x256 with the sd1 preset, against diffusers in a loop over a DataLoader: 1.8x."""
     from benchmarks import encode
@@ -214,6 +221,7 @@ BARS: dict[str, Callable[[], Result]] = {
     "demo": demo,
     "cpu_speed": cpu_speed,
     "training_step": training_step,
+    "trainer_step": trainer_step,
     "encode_throughput": encode_throughput,
     "encode_memory": encode_memory,
     "gpu_speed": gpu_speed,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, half_precision, memory, plot_cost, speed, training_step
+from benchmarks import gpu, half_precision, memory, plot_cost, speed, trainer_step, training_step
 from benchmarks.figures import Figure, all_met, append, to_markdown
 from benchmarks.memory import Outcome, Run
 from sd_vae.autoencoder import AutoencoderKL
@@ -112,6 +112,19 @@ def test_training_step_trains(tiny_vae: AutoencoderKL) -> None:
     trainer.step(torch.rand(1, 3, 16, 16), torch.randn(1, 4, 8, 8))
 
     assert not torch.equal(trainer.vae.decoder.conv_out.weight, tiny_vae.decoder.conv_out.weight)
+
+
+def test_trainer_step_is_compared_on_the_same_losses(tiny_vae: AutoencoderKL) -> None:
+    figure = trainer_step._measure(tiny_vae, "no", 16, 2, 1, lpips=False)
+
+    assert figure.is_correct
+    assert "steps/s" in figure.note
+
+
+def test_trainer_step_sees_another_noise(tiny_vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer_step, "posterior_noise", lambda *_: torch.zeros(2, 4, 8, 8))
+
+    assert not trainer_step._measure(tiny_vae, "no", 16, 2, 1, lpips=False).is_correct
 
 
 def test_plot_cost_counts_and_draws(tmp_path: Path) -> None:
