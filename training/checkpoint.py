@@ -55,6 +55,8 @@ class Progress:
     """Updates that were not taken because loss or gradient was not finite."""
     rejects: int = 0
     """Attempts to read a picture that failed so far, on all processes."""
+    retries: int = 0
+    """Requests over the network that were made again so far, on all processes."""
     best: float | None = None
     """Best value so far of the metric that chooses best/."""
     num_processes: int = 0
@@ -80,6 +82,8 @@ def save_checkpoint(
         UserError: It cannot be written; checkpoints that were there stay.
     """
     path = folder / f"step-{progress.step:07d}"
+    for half in folder.glob(".step-*.tmp"):  # what a process left that was killed while it wrote
+        shutil.rmtree(half, ignore_errors=True)
     try:
         with atomic_folder(path, overwrite=True) as temporary:
             for name, model in models.items():

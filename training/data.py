@@ -45,7 +45,9 @@ class TrainingData:
         self.photos = self._validation_photos()
         self.num_rejects = 0
         """Attempts of this process to read a picture that failed, since the run or its last resumption began."""
-        self.rejects_before = 0
+        self.num_retries = 0
+        """Requests of this process over the network that were made again, likewise."""
+        self.rejects_before, self.retries_before = 0, 0
         """Those of all processes until then."""
         self.unreadable: dict[str, None] = {}
         """Why pictures could not be read, each once, in the order they were met."""
@@ -65,6 +67,7 @@ class TrainingData:
         )
         for batch in loader:
             self.num_rejects += len(batch.unreadable)
+            self.num_retries += batch.num_retries
             self._note(batch.unreadable)
             yield batch
 
@@ -84,13 +87,16 @@ class TrainingData:
 
     def noted(self, progress: Progress) -> Progress:
         """Return the progress with what all processes together could not read, `NUM_LISTED` reasons at most."""
-        names, rejects = list(self.unreadable), [self.num_rejects]
+        reopened = sum(stream.num_reopened for stream in self.source.streams)
+        names, counts = list(self.unreadable), [(self.num_rejects, self.num_retries + reopened)]
         if self.accelerator.num_processes > 1:
-            names, rejects = gather_object(names), gather_object(rejects)
+            names, counts = gather_object(names), gather_object(counts)
+        rejects, retries = (sum(numbers) for numbers in zip(*counts, strict=True))
         return dataclasses.replace(
             progress,
             unreadable=tuple(dict.fromkeys(names))[:NUM_LISTED],
-            rejects=self.rejects_before + sum(rejects),
+            rejects=self.rejects_before + rejects,
+            retries=self.retries_before + retries,
             num_processes=self.accelerator.num_processes,
         )
 
@@ -106,7 +112,7 @@ class TrainingData:
                 f"trained on {before.num_pictures}, so the order would differ; restore them, or start anew."
             )
         self.unreadable = dict.fromkeys(before.unreadable)
-        self.rejects_before = before.rejects
+        self.rejects_before, self.retries_before = before.rejects, before.retries
         if before.num_processes not in (0, self.accelerator.num_processes):
             now, then = self.accelerator.num_processes, before.num_processes
             pictures = self.config.batch_size * self.config.gradient_accumulation_steps

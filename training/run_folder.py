@@ -11,6 +11,7 @@ from filelock import FileLock, Timeout
 
 from sd_vae.autoencoder import AutoencoderKL
 from sd_vae.checkpoints import save_vae
+from sd_vae.data.remote import is_remote, without_secrets
 from sd_vae.errors import UserError
 from sd_vae.files import file_errors, finite, make_folder, require_own_folder, write_json, write_text
 
@@ -145,18 +146,23 @@ def save_best(folder: Path, vae: AutoencoderKL, metric: str, values: Mapping[str
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     """The config with local paths made absolute, so that a run can be resumed from anywhere."""
-    return _with_sources(config, lambda spec: str(Path(spec).resolve()))
+    return _with_sources(config, lambda spec: str(Path(spec).resolve()) if _is_local(spec) else spec)
 
 
 def shareable(config: TrainConfig) -> TrainConfig:
-    """The config for others to read: local paths shortened to their last part."""
-    return dataclasses.replace(_with_sources(config, lambda spec: Path(spec).name), out=Path(config.out).name)
+    """The config for others to read: local paths shortened to their last part, addresses without what is secret."""
+
+    def public(spec: str) -> str:
+        return Path(spec).name if _is_local(spec) else without_secrets(spec) if is_remote(spec) else spec
+
+    return dataclasses.replace(_with_sources(config, public), out=Path(config.out).name)
 
 
 def write_result(config: TrainConfig, vae: AutoencoderKL, report: dict[str, Any]) -> RunResult:
     """Save a trained VAE with its provenance and model card, then the report that makes its run a finished one."""
     folder, public = Path(config.out), shareable(config)
-    metadata = {"recipe": json.dumps(dataclasses.asdict(public)), "training": json.dumps(finite(report))}
+    facts = {name: value for name, value in report.items() if name != "unreadable"}  # which names files of this machine
+    metadata = {"recipe": json.dumps(dataclasses.asdict(public)), "training": json.dumps(finite(facts))}
     save_vae(vae, folder / "vae", metadata=metadata, overwrite=True)
     write_text(folder / "vae" / "README.md", model_card(public, report))
     write_json(folder / "report.json", report)
@@ -164,13 +170,13 @@ def write_result(config: TrainConfig, vae: AutoencoderKL, report: dict[str, Any]
 
 
 def _with_sources(config: TrainConfig, change: Callable[[str], str]) -> TrainConfig:
-    """The config with the local paths that it reads changed."""
+    """The config with the names of what it reads changed."""
 
     def changed(spec: str | None) -> str | None:
-        return spec if spec is None or not _is_local(spec) else change(spec)
+        return None if spec is None else change(spec)
 
     data, perceptual, adversarial = config.data, config.loss.perceptual, config.loss.adversarial
-    sources = tuple(change(spec) if _is_local(spec) else spec for spec in data.sources)
+    sources = tuple(change(spec) for spec in data.sources)
     return dataclasses.replace(
         config,
         data=dataclasses.replace(

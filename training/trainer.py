@@ -357,6 +357,7 @@ class Trainer:
             "latents": None if self.latent_space is None else self.latent_space.compare(vae),
             "unreadable": list(progress.unreadable),
             "rejects": progress.rejects,
+            "retries": progress.retries,
             "best": progress.best,
             "versions": versions(),
         }

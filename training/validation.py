@@ -13,7 +13,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from sd_vae.autoencoder import AutoencoderKL
 from sd_vae.data import Images, center_crop
-from sd_vae.errors import UserError
+from sd_vae.errors import UnreachableError, UserError
 from sd_vae.files import atomic_file
 from sd_vae.images import to_pil
 from sd_vae.losses import Objective
@@ -32,6 +32,8 @@ def require_readable(source: Images) -> None:
         try:
             source.load(index)
             return
+        except UnreachableError:
+            raise
         except UserError as error:
             problems.append(str(error))
     raise UserError(f"none of the {len(problems)} pictures of {source.spec} can be read; the first: {problems[0]}")
@@ -58,6 +60,8 @@ def load_photos(source: Images, num_images: int, size: int) -> Tensor:
             break
         try:
             photos.append(center_crop(source.load(index), size))
+        except UnreachableError:
+            raise
         except UserError as error:
             logger.warning("left out: %s", error)
             problems.append(str(error))

@@ -4,10 +4,8 @@ import dataclasses
 import json
 import logging
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +22,9 @@ from training.config import save_recipe
 from training.records import read_metrics
 from training.trainer import Trainer
 
-LOSSES = ("step", "loss", "reconstruction", "kl", "grad_norm", "lr", "validation/psnr_db")
-
 
 def weights(folder: Path, name: str = "model") -> dict[str, torch.Tensor]:
     return load_file(folder / "checkpoints" / "last" / f"{name}.safetensors")
-
-
-def losses(folder: Path) -> list[dict[str, float]]:
-    return [{key: row[key] for key in LOSSES if key in row} for row in read_metrics(folder / "metrics.jsonl")]
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    for name in ("model", "ema"):
-        ours, theirs = weights(one, name), weights(other, name)
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
-    assert losses(one) == losses(other)
 
 
 def test_train_leaves_the_promised_run_folder(make_config: Any) -> None:
@@ -72,46 +56,6 @@ def test_trained_vae_carries_its_provenance(make_config: Any) -> None:
     assert "2 optimizer steps, 4 pictures seen" in (result.vae / "README.md").read_text()
 
 
-def test_resume_after_an_interrupt_equals_an_uninterrupted_run(
-    make_config: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = train(make_config("whole"))
-    step = Trainer._step
-
-    def interrupted(self: Trainer, batches: Any) -> Any:
-        if self.progress.step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-        return step(self, batches)
-
-    monkeypatch.setattr(Trainer, "_step", interrupted)
-    with pytest.raises(KeyboardInterrupt, match="stopped after step 3, which is saved; go on: sd-vae train --resume"):
-        train(make_config("parts"))
-    monkeypatch.undo()
-    parts = resume(make_config("parts").out)
-
-    assert_same_run(whole.folder, parts.folder)
-
-
-def test_resume_after_kill_9_is_bit_identical(make_config: Any, tmp_path: Path) -> None:
-    # With worker processes, EMA, schedule, accumulation and validation; killed while it is past its checkpoint.
-    settings: dict[str, Any] = {"steps": 6, "gradient_accumulation_steps": 2, "data": {"num_workers": 1}}
-    whole = train(make_config("whole", **settings))
-    config = make_config("parts", **settings)
-    save_recipe(config, tmp_path / "recipe.yaml")
-    command = [sys.executable, "-m", "training", "--config", str(tmp_path / "recipe.yaml")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    first = Path(config.out) / "checkpoints" / "step-0000002"
-    while not first.exists() and process.poll() is None:
-        time.sleep(0.002)
-
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (Path(config.out) / "report.json").exists(), "the run ended before it was killed"
-    parts = resume(config.out)
-
-    assert_same_run(whole.folder, parts.folder)
-
-
 def test_resume_needs_only_the_folder(make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = make_config(steps=2)
@@ -135,8 +79,9 @@ def test_accumulated_batches_equal_one_batch(make_config: Any) -> None:
     # Adam's first steps divide tiny gradients by their own size; worst seen 2e-5
     for name, value in ours.items():
         torch.testing.assert_close(value, theirs[name], rtol=0, atol=2e-4)
-    for mine, other in zip(losses(one.folder), losses(two.folder), strict=True):
-        assert mine.get("loss", 0) == pytest.approx(other.get("loss", 0), rel=1e-4)
+    rows = [[row for row in read_metrics(run.folder / "metrics.jsonl") if "loss" in row] for run in (one, two)]
+    for mine, other in zip(*rows, strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-4)
 
 
 def test_decoder_only_leaves_the_encoder_bit_equal(make_config: Any) -> None:
@@ -331,13 +276,14 @@ def test_torchrun_on_cpus_trains_in_one_run(make_config: Any, tmp_path: Path, ph
     (photos / "zz.png").write_bytes(b"not a picture")
     config = make_config(steps=4, batch_size=1, data={"validation": None})
     save_recipe(config, tmp_path / "recipe.yaml")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29617"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
     done = subprocess.run(
         [*launcher, "-m", "training", "--config", str(tmp_path / "recipe.yaml")],
         capture_output=True,
         text=True,
         check=False,
+        timeout=300,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
 
