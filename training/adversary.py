@@ -20,7 +20,7 @@ from .config import TrainConfig
 from .optim import Mover, discriminator_config
 from .step import Means, synchronised
 
-__all__ = ["Adversary"]
+__all__ = ["Adversary", "smallest_side"]
 
 
 class Adversary:
@@ -41,7 +41,7 @@ class Adversary:
             torch.manual_seed(config.seed)
             self.network = build_discriminator(self.config)
         self.network.to(accelerator.device)
-        smallest = round(config.data.size * min_scale(config))
+        smallest = smallest_side(config)
         self.network.require_size(smallest, smallest)
         self.lecam = LeCam(self.config.lecam_decay).to(accelerator.device)
         parameters = list(self.network.parameters())
@@ -110,10 +110,11 @@ class Adversary:
         return {"discriminator": self.network, "lecam": self.lecam}, self.mover.state("discriminator_")
 
 
-def min_scale(config: TrainConfig) -> float:
-    """The smallest factor that a run scales its crops by."""
+def smallest_side(config: TrainConfig) -> int:
+    """Return the side in pixels of the smallest pictures that a run compares."""
+    side = config.data.size if config.data.min_size is None else config.data.min_size
     equivariance = config.loss.equivariance
-    return equivariance.min_scale if equivariance.probability else 1.0
+    return round(side * (equivariance.min_scale if equivariance.probability else 1.0))
 
 
 def _wide(values: Tensor) -> Tensor:

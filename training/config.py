@@ -52,8 +52,9 @@ class ModelConfig:
     """Rank of LoRA's additions to every convolution and projection of the decoder."""
     lora_alpha: float = 16.0
     """LoRA's additions are scaled by lora_alpha / lora_rank."""
-    scaling_factor: Literal["auto", "keep"] = "auto"
-    """`auto` measures it on training photos after training from random weights, and else keeps it; `keep` keeps it."""
+    scaling_factor: Literal["auto", "measure", "keep"] = "auto"
+    """`measure` takes it from the latents of training photos after training, `keep` keeps it; `auto` measures it where
+    the run started from random weights, and else keeps it."""
     gradient_checkpointing: bool = False
     """Recompute blocks in the backward pass: less memory, more time."""
     channels_last: bool = True
@@ -190,9 +191,8 @@ class TrainConfig:
         Raises:
             UserError: A required field still has its placeholder.
         """
-        missing = [
-            name for name, values in (("out", (self.out,)), ("data.train", self.data.sources)) if REQUIRED in values
-        ]
+        fields = {"out": (self.out,), "data.train": self.data.sources, "model.pretrained": (self.model.pretrained,)}
+        missing = [name for name, values in fields.items() if REQUIRED in values]
         if missing:
             options = " and ".join(f"--{name} VALUE" for name in missing)
             raise UserError(f"{' and '.join(missing)} must be given; set it in the recipe or add {options}.")

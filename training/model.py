@@ -1,8 +1,5 @@
 """The network that a run starts from, which of its parameters train, and the plain network that it ends with."""
 
-import copy
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -12,6 +9,7 @@ from sd_vae.errors import UserError
 from sd_vae.initialization import start_near_identity_
 
 from .config import ModelConfig, TrainConfig
+from .lora import add_lora_, has_lora, merged
 
 __all__ = ["initial_vae", "plain_vae", "prepare_training_"]
 
@@ -41,7 +39,7 @@ def prepare_training_(vae: AutoencoderKL, model: ModelConfig, *, seed: int = 0) 
         UserError: A part names no parameter.
     """
     if model.trainable == "lora":
-        _add_lora_(vae, model, seed)
+        add_lora_(vae, model, seed)
     beginnings = {"all": ("",), "decoder": ("decoder.", "post_quant_conv."), "parts": model.parts, "lora": ()}
     starts = beginnings[model.trainable]
     names = [name for name, _ in vae.named_parameters()]
@@ -56,29 +54,7 @@ def prepare_training_(vae: AutoencoderKL, model: ModelConfig, *, seed: int = 0) 
 
 def plain_vae(vae: AutoencoderKL) -> AutoencoderKL:
     """Return the VAE without adapters: the same weights with a config of its own, or a copy with LoRA merged in."""
-    if not _has_lora(vae):
-        return AutoencoderKL.from_diffusers(vae)
-    merged = copy.deepcopy(vae)
-    merged.fuse_lora()
-    merged.unload_lora()
-    return AutoencoderKL.from_diffusers(merged)
-
-
-def _add_lora_(vae: AutoencoderKL, model: ModelConfig, seed: int) -> None:
-    """Add LoRA to every convolution and projection of the decoder."""
-    from peft import LoraConfig
-
-    layers = (nn.Conv2d, nn.Linear)
-    targets = [f"decoder.{name}" for name, module in vae.decoder.named_modules() if isinstance(module, layers)]
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        # peft calls alpha an int, and takes any number.
-        alpha: Any = model.lora_alpha
-        vae.add_adapter(LoraConfig(r=model.lora_rank, lora_alpha=alpha, target_modules=targets))
-
-
-def _has_lora(vae: AutoencoderKL) -> bool:
-    return any(".lora_" in name for name, _ in vae.named_parameters())
+    return AutoencoderKL.from_diffusers(merged(vae) if has_lora(vae) else vae)
 
 
 def _is_within(name: str, start: str) -> bool:

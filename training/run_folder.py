@@ -36,7 +36,7 @@ LOCK = "run.lock"
 
 OWN = (
     *("config.yaml", "metrics.jsonl", "samples", "checkpoints", "tensorboard", "wandb", "vae", "best", "report.json"),
-    LOCK,
+    *("adapter", LOCK),
 )
 """What a run writes; a folder that holds anything else is never replaced."""
 

@@ -23,7 +23,7 @@ from sd_vae.data import Batch
 from sd_vae.errors import UserError
 from sd_vae.losses import Objective
 
-from .adversary import min_scale
+from .adversary import smallest_side
 from .certificate import LatentSpace
 from .checkpoint import Progress, load_checkpoint, newest_checkpoint, save_checkpoint
 from .collapse import CollapseMonitor
@@ -31,6 +31,7 @@ from .config import TrainConfig, load_recipe, save_recipe
 from .data import TrainingData
 from .distributed import StopRequest, build_accelerator, stop_on_signals
 from .ema import EMA
+from .lora import save_adapter
 from .model import initial_vae, plain_vae, prepare_training_
 from .publishing import push, require_login
 from .records import MetricsLog, versions
@@ -303,7 +304,7 @@ class Trainer:
         """The loss; crops too small for its perceptual term are refused before anything is written."""
         objective = Objective(self.config.loss)
         if objective.perceptual is not None:
-            side = round(self.config.data.size * min_scale(self.config))
+            side = smallest_side(self.config)
             objective.perceptual.require_size(side, side)
         return objective.to(self.accelerator.device)
 
@@ -361,11 +362,13 @@ class Trainer:
             "best": progress.best,
             "versions": versions(),
         }
+        save_adapter(self._best_vae(), self.config)
         return write_result(self.config, vae, report)
 
     def _set_scale(self, vae: AutoencoderKL) -> str:
         """Give a VAE that began with random weights the scale and shift of its own latents; say where they are from."""
-        if self.config.model.scaling_factor == "keep" or self.config.model.pretrained:
+        choice = self.config.model.scaling_factor
+        if choice == "keep" or (choice == "auto" and self.config.model.pretrained):
             return "kept"
         photos = self.data.first_photos(NUM_SCALING_PHOTOS)
         mean, std = latent_moments(vae, photos, self.accelerator.device)

@@ -18,14 +18,15 @@ from torch import Tensor, nn
 from sd_vae.autoencoder import AutoencoderKL
 from sd_vae.data import Batch, posterior_noise
 from sd_vae.errors import UserError
-from sd_vae.losses import Objective, Similarity, draw_similarity
+from sd_vae.losses import Objective, Window, require_cells, tile_loss
+from sd_vae.losses.equivariance import IDENTITY
 
-from .adversary import Adversary
+from .adversary import Adversary, smallest_side
 from .collapse import channel_moments
 from .config import TrainConfig
 from .optim import Mover
 from .rehearsal import memory_errors
-from .step import Means, TrainingForward, synchronised
+from .step import Geometry, Means, TrainingForward, draw_geometry, synchronised
 
 __all__ = ["Update", "UpdateResult"]
 
@@ -51,7 +52,7 @@ class Update:
         objective: Loss without the adversarial term, on the device.
 
     Raises:
-        UserError: The adaptive weight needs a last layer that does not train.
+        UserError: The adaptive weight needs a last layer that does not train, or crops are too small for tiles.
     """
 
     def __init__(self, accelerator: Accelerator, config: TrainConfig, vae: AutoencoderKL, objective: Objective) -> None:
@@ -69,6 +70,8 @@ class Update:
         self.adversary = Adversary(accelerator, config) if config.loss.adversarial.weight else None
         if self.adversary is not None and config.loss.adversarial.adaptive:
             _require_trained(self._last_layer)
+        if config.loss.tiling.weight:
+            require_cells(config.loss.tiling, smallest_side(config) // vae.factor)
 
     def __call__(self, batches: Sequence[Batch], step: int) -> UpdateResult:
         """Update the networks.
@@ -77,9 +80,8 @@ class Update:
             batches: The update's batches on this process.
             step: Optimizer steps taken before.
         """
-        cells = self.config.data.size // self.vae.factor
-        similarity = draw_similarity(self.config.loss.equivariance, self.config.seed, step, cells)
-        result, pairs = self._half_step(batches, step, similarity)
+        geometry = draw_geometry(self.config, step, self.vae.factor)
+        result, pairs = self._half_step(batches, step, geometry)
         if result.is_taken and self.adversary is not None and self.adversary.weight_at(step):
             _, terms = self.adversary.half_step(pairs)
             result.terms.update(terms)
@@ -105,9 +107,13 @@ class Update:
     def _rehearse(self, batch: Batch) -> None:
         spare = [torch.empty_like(parameter) for parameter in self.mover.parameters for _ in range(2)]
         networks = [self.mover] if self.adversary is None else [self.mover, self.adversary.mover]
+        num_cells, has_tile = batch.x.shape[-1] // self.vae.factor, self.config.loss.tiling.weight > 0
+        largest = Geometry(tile=Window(top=0, left=0, side=num_cells - 1) if has_tile else None)
         with self.accelerator.no_sync(self.forward):
-            x, recon, posterior = self._reconstruct(batch, Similarity())
+            x, recon, posterior, tile = self._reconstruct(batch, largest)
             loss = self.objective(x, recon, posterior, 0).total
+            if tile is not None:
+                loss = loss + self._tile_loss(tile, recon, largest)
             if self.adversary is not None:
                 loss = loss + self.adversary.judge(recon)
             self.accelerator.backward(loss)
@@ -119,16 +125,19 @@ class Update:
         del spare
 
     def _half_step(
-        self, batches: Sequence[Batch], step: int, similarity: Similarity
+        self, batches: Sequence[Batch], step: int, geometry: Geometry
     ) -> tuple[UpdateResult, list[tuple[Tensor, Tensor]]]:
         """Move the autoencoder; also return the pictures and reconstructions for the discriminator."""
         means, pairs = Means(len(batches)), []
         weight = 0.0 if self.adversary is None else self.adversary.weight_at(step)
-        factor = self._factor_over(batches, step, similarity) if weight and len(batches) > 1 else None
+        factor = self._factor_over(batches, step, geometry) if weight and len(batches) > 1 else None
         for index, batch in enumerate(batches):
             with synchronised(self.accelerator, self.forward, index == len(batches) - 1):
-                x, recon, posterior = self._reconstruct(batch, similarity)
+                x, recon, posterior, tile = self._reconstruct(batch, geometry)
                 loss, terms, fidelity = self.objective(x, recon, posterior, step)
+                if tile is not None:
+                    terms["tiling"] = self._tile_loss(tile, recon, geometry)
+                    loss = loss + self.config.loss.tiling.weight * terms["tiling"]
                 if self.adversary is not None and weight:
                     term = self.adversary.judge(recon)
                     if factor is None:
@@ -142,26 +151,35 @@ class Update:
         channels = means.values.pop("channels")
         return UpdateResult(is_taken, {**means.values, "grad_norm": grad_norm}, channels), pairs
 
-    def _reconstruct(self, batch: Batch, similarity: Similarity) -> tuple[Tensor, Tensor, Any]:
-        """What a batch is compared with, its reconstruction, and the posterior."""
+    def _reconstruct(self, batch: Batch, geometry: Geometry) -> tuple[Tensor, Tensor, Any, Tensor | None]:
+        """What a batch is compared with, its reconstruction, the posterior, and the decoded tile where there is one."""
         x = batch.x.to(self.accelerator.device, non_blocking=True)
         factor = self.vae.factor
+        crop, similarity, tile = geometry
+        if crop is not None:
+            x = crop(x, factor)
         if not similarity.of_latent:
-            x, similarity = similarity(x, factor), Similarity()
+            x, similarity = similarity(x, factor), IDENTITY
         x = x.contiguous(memory_format=self._memory_format)
         shape = (self.vae.config.latent_channels, x.shape[2] // factor, x.shape[3] // factor)
         noise = posterior_noise(self.config.seed, batch.epochs, batch.indices, shape)
-        recon, posterior = self.forward(x, noise.to(x.device, non_blocking=True), similarity)
-        return similarity(x, factor), recon, posterior
+        recon, posterior, *tiles = self.forward(x, noise.to(x.device, non_blocking=True), similarity, tile)
+        return similarity(x, factor), recon, posterior, tiles[0] if tiles else None
+
+    def _tile_loss(self, tile: Tensor, recon: Tensor, geometry: Geometry) -> Tensor:
+        """How far a decoded tile is from the whole."""
+        assert geometry.tile is not None, "only a step with a tile decodes one"
+        margin = self.config.loss.tiling.margin
+        return tile_loss(tile, recon, geometry.tile, factor=self.vae.factor, margin=margin)
 
     # ---- the adaptive weight
 
-    def _factor_over(self, batches: Sequence[Batch], step: int, similarity: Similarity) -> Tensor:
+    def _factor_over(self, batches: Sequence[Batch], step: int, geometry: Geometry) -> Tensor:
         """The factor of an accumulated update, which all its batches share; costs a forward pass more for each."""
-        pulls = []
+        pulls, whole = [], geometry._replace(tile=None)
         for batch in batches:
             with self.accelerator.no_sync(self.forward):
-                x, recon, posterior = self._reconstruct(batch, similarity)
+                x, recon, posterior, _ = self._reconstruct(batch, whole)
                 fidelity = self.objective(x, recon, posterior, step).fidelity
                 pulls.append(self._pull(fidelity, self._adversary.judge(recon)))
         return self._factor(torch.stack(pulls).mean(dim=0), x)

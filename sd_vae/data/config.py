@@ -25,6 +25,9 @@ class DataConfig:
     """Held-out pictures, from the same kinds of place; reconstructed at intervals, never trained on."""
     size: int = 256
     """Side of the square crops, in pixels."""
+    min_size: int | None = None
+    """Side of the smallest crops, in pixels: every step then trains on crops of one side, drawn from here to `size` in
+    whole latent cells. None has crops of `size` alone."""
     crop_scale: tuple[float, float] = (0.5, 1.0)
     """Bounds of the crop's side as a fraction of the picture's shorter side; the crop is then resized to `size`. No
     crop is taken smaller than `size` pixels where the picture has them."""
@@ -77,6 +80,8 @@ class DataConfig:
             problems.append(f"data.weights is {list(self.weights)}, each must be a finite number above 0")
         if self.size < 1:
             problems.append(f"data.size is {self.size}, it must be at least 1 pixel")
+        if self.min_size is not None and not 1 <= self.min_size <= self.size:
+            problems.append(f"data.min_size is {self.min_size}, it must be from 1 to data.size, {self.size}")
         smallest, largest = self.crop_scale
         if not (math.isfinite(largest) and 0 < smallest <= largest <= 1):
             problems.append(f"data.crop_scale is ({smallest}, {largest}), it must satisfy 0 < smallest <= largest <= 1")

@@ -1,7 +1,8 @@
 """The training objective as data: which terms, their weights, and by which reduction a weight is meant.
 
 total = reconstruction + perceptual.weight * perceptual + kl.weight * kl + adversarial.weight * adversarial, every term
-a mean over the batch; with a learned log-variance s the first two become exp(-s) * (...) + s.
+a mean over the batch; with a learned log-variance s the first two become exp(-s) * (...) + s. A term for tiles may come
+to these.
 """
 
 import math
@@ -11,7 +12,7 @@ from typing import Literal
 from sd_vae.errors import UserError
 from sd_vae.validation import STRICT
 
-__all__ = ["AdversarialConfig", "EquivarianceConfig", "KLConfig", "LossConfig", "PerceptualConfig"]
+__all__ = ["AdversarialConfig", "EquivarianceConfig", "KLConfig", "LossConfig", "PerceptualConfig", "TilingConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +182,32 @@ class EquivarianceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TilingConfig:
+    """A decoder that gives a tile of the latent what it gives the whole, for tools that decode in blended tiles."""
+
+    __pydantic_config__ = STRICT
+
+    weight: float = 0.0
+    """Factor of the mean squared difference between a tile decoded by itself and the same part of the whole; every step
+    then decodes a tile too. 0 is off."""
+    min_scale: float = 0.5
+    """Smallest side of a tile as a share of the crop's; it is uniform from here to below 1, in whole latent cells."""
+    margin: int = 2
+    """Latent cells at each edge of a tile that are not compared: what is beyond the edge decides them too."""
+
+    def __post_init__(self) -> None:
+        """Check the rules.
+
+        Raises:
+            UserError: Lists every rule that is broken, with its values.
+        """
+        problems = _weight_problems("tiling.weight", self.weight) + _count_problems(self, "tiling", "margin", least=0)
+        if not 0 < self.min_scale < 1:
+            problems.append(f"tiling.min_scale is {self.min_scale}, it must be in (0, 1)")
+        _raise_for(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
 class LossConfig:
     """The training objective."""
 
@@ -198,6 +225,8 @@ class LossConfig:
     """The adversarial term."""
     equivariance: EquivarianceConfig = field(default_factory=EquivarianceConfig)
     """Turned and scaled latents."""
+    tiling: TilingConfig = field(default_factory=TilingConfig)
+    """Tiles that come out as the whole does."""
 
 
 def _weight_problems(name: str, weight: float) -> list[str]:

@@ -10,7 +10,7 @@ from training.config import REQUIRED, ModelConfig, OptimConfig, load_recipe, sav
 
 SHIPPED = [
     *("beta", "demo", "domain_adapt_lora", "eq_vae", "finetune_decoder", "finetune_ema"),
-    *("from_scratch", "ldm_kl_f8", "mini", "mini_256"),
+    *("from_scratch", "from_scratch_512", "ldm_kl_f8", "mini", "mini_256"),
 ]
 
 
@@ -86,6 +86,8 @@ def test_load_recipe_lists_the_shipped_ones_when_there_is_no_such_file() -> None
 def test_require_complete_names_what_is_missing() -> None:
     with pytest.raises(UserError, match=r"out and data.train must be given; .* --out VALUE and --data.train VALUE"):
         load_recipe("from_scratch").require_complete()
+    with pytest.raises(UserError, match=r"data.train and model.pretrained must be given"):
+        load_recipe("from_scratch_512").require_complete()
 
 
 def test_model_config_rejects_an_unknown_preset() -> None:

@@ -1,5 +1,6 @@
 """What trains, what a run ends with, and what it says of the latent space."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -49,9 +50,7 @@ def test_lora_trains_additions_to_the_decoder_alone(tiny_vae: AutoencoderKL) -> 
     assert any("conv_out.lora_B" in name for name in names)
 
 
-def test_lora_begins_as_the_network_it_adds_to(
-    tiny_vae: AutoencoderKL, assert_close: Callable[..., None]
-) -> None:
+def test_lora_begins_as_the_network_it_adds_to(tiny_vae: AutoencoderKL, assert_close: Callable[..., None]) -> None:
     z = torch.randn(1, 4, 8, 8)
     before = tiny_vae.decode(z).sample
 
@@ -100,6 +99,39 @@ def test_a_lora_run_resumes_and_ends_with_a_plain_vae_of_the_same_encoder(
     assert changed
     assert all(name.startswith("decoder.") and name.endswith(".weight") for name in changed)
     assert whole.report["latents"]["encoder"] == "unchanged"
+
+
+def test_a_lora_run_leaves_its_additions_in_the_format_of_peft(make_config: Any) -> None:
+    import diffusers
+    from peft import PeftModel
+
+    config = make_config(model=LORA, loss={"kl": _no_kl()}, ema_decay=0.5)
+    result = train(config)
+    base = diffusers.AutoencoderKL.from_pretrained(config.model.pretrained)
+    z = torch.randn(1, 4, 8, 8)
+    before = base.decode(z).sample
+
+    adapted = PeftModel.from_pretrained(base, result.folder / "adapter").eval()
+
+    expected = load_vae(result.vae).decode(z).sample
+    torch.testing.assert_close(adapted.decode(z).sample, expected, rtol=0, atol=1e-5)
+    assert not torch.allclose(expected, before, atol=1e-3)
+
+
+def test_additions_name_what_they_are_to_without_a_path_of_this_machine(make_config: Any) -> None:
+    config = make_config(model=LORA, steps=1, loss={"kl": _no_kl()})
+
+    folder = train(config).folder / "adapter"
+
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == "start"
+    assert (settings["r"], settings["lora_alpha"], settings["inference_mode"]) == (2, 4.0, True)
+    assert settings["target_modules"] == sorted(settings["target_modules"])
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def test_a_run_without_lora_leaves_no_adapter(make_config: Any) -> None:
+    assert not (train(make_config(steps=1)).folder / "adapter").exists()
 
 
 def _no_kl() -> Any:

@@ -62,6 +62,18 @@ def test_recipe_runs(tiny: Any, name: str) -> None:
     assert result.report["latents"]["encoder"] == ("unchanged" if frozen else "changed")
 
 
+def test_from_scratch_goes_on_at_512_from_its_result_and_measures_its_scale_anew(tiny: Any) -> None:
+    first = tiny("from_scratch")
+    first = train(dataclasses.replace(first, model=dataclasses.replace(first.model, pretrained=None)))
+    second = tiny("from_scratch_512")
+
+    result = train(dataclasses.replace(second, model=dataclasses.replace(second.model, pretrained=str(first.vae))))
+
+    assert first.report["scaling_factor_source"].startswith("1 / standard deviation")
+    assert result.report["scaling_factor_source"].startswith("1 / standard deviation")
+    assert result.report["scaling_factor"] != first.report["scaling_factor"]
+
+
 def test_equivariance_is_measured_before_and_after(tiny: Any) -> None:
     latents = train(tiny("eq_vae")).report["latents"]
 

@@ -7,11 +7,12 @@ import torch
 
 from sd_vae.data import Batch
 from sd_vae.errors import UserError
-from sd_vae.losses import Objective
+from sd_vae.losses import Objective, TilingConfig
 from training import optim
 from training.distributed import build_accelerator
 from training.model import initial_vae, prepare_training_
 from training.optim import Mover
+from training.step import Geometry
 from training.update import Update
 
 GAN = {"weight": 0.5, "width": 8, "num_layers": 1}
@@ -129,19 +130,13 @@ def test_a_fixed_weight_is_the_configs(make_update: Any) -> None:
 
 def test_adaptive_weight_balances_the_pulls_at_the_last_layer(make_update: Any) -> None:
     update = make_update(double=True, adversarial=GAN | {"max_adaptive": 1e9})
-    x, recon, posterior = update._reconstruct(batch(double=True), _identity())
+    x, recon, posterior, _ = update._reconstruct(batch(double=True), Geometry())
     fidelity = update.objective(x, recon, posterior).fidelity
     pulls = update._pull(fidelity, update._adversary.judge(recon))
 
     weight = update([batch(double=True)], 0).terms["adversarial_weight"]
 
     torch.testing.assert_close(weight, 0.5 * pulls[0].norm() / (pulls[1].norm() + 1e-4))
-
-
-def _identity() -> Any:
-    from sd_vae.losses.equivariance import IDENTITY
-
-    return IDENTITY
 
 
 @pytest.mark.parametrize("norm", ["group", "spectral"])
@@ -259,3 +254,75 @@ def test_equivariance_turns_and_scales_target_and_latent_together(make_update: A
 
     assert result.is_taken
     assert optim.math.isfinite(result.terms["loss"])
+
+
+TILING = TilingConfig(weight=10.0, margin=1)
+
+
+def test_tiling_adds_its_term_and_trains_the_decoder_by_it(make_update: Any) -> None:
+    update = make_update(loss={"tiling": TILING}, adversarial={})
+
+    terms = update([batch()], 0).terms
+
+    assert float(terms["tiling"]) > 0
+    torch.testing.assert_close(terms["loss"], terms["reconstruction"] + 1e-6 * terms["kl"] + 10.0 * terms["tiling"])
+
+
+def test_tiling_brings_tiles_nearer_to_the_whole(make_update: Any) -> None:
+    def seam(tiling: TilingConfig) -> float:
+        update = make_update(loss={"tiling": tiling}, adversarial={}, optim={"schedule": "constant"})
+        for step in range(30):
+            update([batch(first=2 * step)], step)
+        z = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            whole, tile = update.vae.decode(z).sample, update.vae.decode(z[..., :6, :6]).sample
+        return float((tile - whole[..., :12, :12]).square().mean() / whole.var())
+
+    assert seam(TILING) < 0.7 * seam(TilingConfig())
+
+
+def test_four_batches_of_two_equal_one_of_eight_with_tiles(make_update: Any) -> None:
+    settings: dict[str, Any] = {
+        "double": True,
+        "optim": {"warmup_steps": 0, "schedule": "constant", "eps": 1e-3},
+        "loss": {"tiling": TILING},
+    }
+    parts = make_update(gradient_accumulation_steps=4, **settings)
+    parts([batch(2, first, double=True) for first in (0, 2, 4, 6)], 0)
+    whole = make_update(**settings)
+    whole([batch(8, 0, double=True)], 0)
+
+    ours, theirs = weights(parts), weights(whole)
+    assert max(float((ours[name] - value).abs().max()) for name, value in theirs.items()) < 1e-10
+
+
+def test_update_refuses_crops_too_small_for_tiles(make_update: Any) -> None:
+    with pytest.raises(UserError, match=r"loss.tiling with a margin of 4 needs latents of at least 10x10 cells, these"):
+        make_update(loss={"tiling": TilingConfig(weight=1.0, margin=4)}, adversarial={})
+
+
+def test_a_rehearsal_goes_through_a_tile_and_leaves_no_trace(make_update: Any) -> None:
+    update = make_update(loss={"tiling": TILING})
+    before = weights(update)
+
+    update.rehearse()
+
+    assert all(torch.equal(before[name], value) for name, value in weights(update).items())
+    assert all(parameter.grad is None for parameter in update.vae.parameters())
+
+
+def test_crops_of_several_sizes_train(make_update: Any) -> None:
+    update = make_update(data={"size": 32, "min_size": 8}, adversarial={})
+    seen = []
+    update.objective.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[-1]))
+
+    for step in range(12):
+        assert update([batch(size=32)], step).is_taken
+
+    assert len(set(seen)) > 4
+    assert all(8 <= side <= 32 for side in seen)
+
+
+def test_update_refuses_smallest_crops_too_small_for_the_discriminator(make_update: Any) -> None:
+    with pytest.raises(UserError, match=r"needs images of at least 6x6 pixels, these are 4x4"):
+        make_update(data={"min_size": 4})
