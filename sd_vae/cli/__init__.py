@@ -26,6 +26,7 @@ COMMANDS = {
     "decompress": "small files of quantised latents back to pictures",
     "interpolate": "from picture to picture through the latent space, as a sheet or a film",
     "augment": "variants of pictures with their labels, from the posterior, by mixing and along attributes",
+    "distill": "teach a small fast autoencoder, for diffusers and ComfyUI, what a VAE does",
     "convert": "rewrite a checkpoint in another layout, verified by loading it back",
     "inspect": "what is in a checkpoint: layout, config, dtype, parameters, problems",
     "anomaly": "find pictures that are unlike normal ones, and where",

@@ -1,0 +1,268 @@
+"""Learning what is normal from normal pictures alone.
+
+The pictures are parted: what is normal is fitted to most of them, and alarms are calibrated on the others, to which
+nothing was fitted; on its own pictures a detector would look better than it is. Into some of the first part defects are
+painted, for the network that looks for what does not belong.
+
+Shapes: C latent channels, H W pixels, h w latent cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sd_vae.errors import UserError
+from sd_vae.images import to_unit_range
+from sd_vae.latents.anomaly.detector import (
+    Detector,
+    ScoreName,
+    cell_vectors,
+    local_map,
+    picture_vectors,
+    pooled_vectors,
+)
+from sd_vae.latents.anomaly.evidence import Evidence, Seen, look, weigh, windows
+from sd_vae.latents.anomaly.gaussian import Gaussian
+from sd_vae.latents.anomaly.network import BATCH_SIZE, Example, teach
+from sd_vae.latents.anomaly.painting import paint
+from sd_vae.latents.statistics import PictureSums
+
+if TYPE_CHECKING:
+    from sd_vae.autoencoder import AutoencoderKL
+    from sd_vae.latents.anomaly.network import DefectNet
+    from sd_vae.losses.perceptual import LPIPS
+
+__all__ = ["FitConfig", "Progress", "fit"]
+
+EXAMPLE_SIDE = 128
+"""Pixels of the squares that the network learns from, at most."""
+NUM_DONORS = 16
+"""So many of the last pictures give parts to be painted into others."""
+LEAST_NOISE = 1e-6
+"""Mean squared error, in [-1, 1], below which a reconstruction counts as perfect: far less than 8 bits resolve."""
+MAX_CELLS = 1_000_000
+"""Cells of normal pictures that the range of a heat map is taken from."""
+
+
+class Progress(Protocol):
+    """What is told how far a fit has come."""
+
+    def __call__(self, stage: str, done: int, total: int | None) -> None:
+        """Take the name of a stage, and how much of it is done; None where the total is not known."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig:
+    """How a detector is fitted."""
+
+    calibration: float = 0.25
+    """Share of the normal pictures that alarms are calibrated on; spread evenly over them."""
+    num_painted: int = 400
+    """Pictures at most that defects are painted into, for the network; 0 leaves the network out."""
+    num_epochs: int = 12
+    """How often the network sees each painted picture and its normal twin."""
+    seed: int = 0
+    """Of the painted defects and of the network."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            UserError: Lists every value that is out of range.
+        """
+        problems = []
+        if not 0 < self.calibration < 1:
+            problems.append(f"calibration is {self.calibration}, it must be above 0 and below 1")
+        if self.num_painted < 0:
+            problems.append(f"num_painted is {self.num_painted}, it must be 0 or more")
+        if self.num_epochs < 1:
+            problems.append(f"num_epochs is {self.num_epochs}, it must be at least 1")
+        if self.seed < 0:
+            problems.append(f"seed is {self.seed}, it must be 0 or more")
+        if problems:
+            raise UserError("cannot fit a detector like this: " + "; ".join(problems) + ".")
+
+
+def fit(
+    vae: AutoencoderKL,
+    pictures: Iterable[Tensor],
+    config: FitConfig | None = None,
+    *,
+    perceptual: LPIPS | None = None,
+    progress: Progress | None = None,
+) -> Detector:
+    """Return what is normal, as far as normal pictures tell.
+
+    Args:
+        vae: The VAE that looks at pictures, in eval mode.
+        pictures: Normal ones, (3, H, W) in uint8, H and W divisible by `vae.factor`; iterated twice, in one order.
+        config: How it is fitted.
+        perceptual: LPIPS with real weights, on the CPU; without it there is no score of that name.
+        progress: Told how far it has come.
+
+    Raises:
+        UserError: Fewer than two pictures on either side of the split, or what `look` and `weigh` refuse.
+    """
+    config, tell = config or FitConfig(), progress or (lambda stage, done, total: None)
+    evidence: list[Evidence] = []
+    examples: list[Example] = []
+    painter = _Painter(vae, config)
+    for x in _part(pictures, config.calibration, is_calibration=False):
+        seen = look(vae, to_unit_range(x)[None])
+        evidence.append(weigh(seen, perceptual))
+        examples += painter(x, seen)
+        tell("looking at normal pictures", len(evidence), None)
+    if len(evidence) < 2:
+        raise UserError(f"{len(evidence)} normal pictures are left to fit to; give more, or calibrate on fewer.")
+    net = _teach(examples, config, tell) if examples else None
+    detector = _summarize(evidence, net, None if perceptual is None else perceptual.name.removeprefix("lpips_"))
+    return _calibrate(detector, vae, _part(pictures, config.calibration, is_calibration=True), perceptual, tell)
+
+
+def _part(pictures: Iterable[Tensor], share: float, *, is_calibration: bool) -> Iterable[Tensor]:
+    """The pictures to fit to, or those to calibrate on: every 1/share-th."""
+    for index, x in enumerate(pictures):
+        if (int((index + 1) * share) > int(index * share)) == is_calibration:
+            yield x
+
+
+class _Painter:
+    """Makes examples of a picture and of the same one with defects, until there are enough."""
+
+    def __init__(self, vae: AutoencoderKL, config: FitConfig) -> None:
+        self._vae = vae
+        self._left = config.num_painted
+        self._rng = np.random.default_rng(config.seed)
+        self._donors: list[np.ndarray] = []
+
+    def __call__(self, x: Tensor, seen: Seen) -> list[Example]:
+        """Return x (3, H, W) and x with defects; nothing where there are enough, or no other picture was there yet."""
+        if not self._left:
+            return []
+        plain = x.permute(1, 2, 0).numpy().copy()
+        donors, self._donors = self._donors, [*self._donors, plain][-NUM_DONORS:]
+        if not donors:
+            return []
+        self._left -= 1
+        part = self._square(plain)
+        painted, mask = paint(part, donors[self._rng.integers(len(donors))], self._rng)
+        if part.shape != plain.shape:
+            seen = self._look(part)
+        return [_example(seen, np.zeros_like(mask)), _example(self._look(painted), mask)]
+
+    def _square(self, plain: np.ndarray) -> np.ndarray:
+        """A random square, of at most `EXAMPLE_SIDE`, that the VAE's factor divides; small pictures stay whole."""
+        step, sides = self._vae.factor, plain.shape[:2]
+        if max(sides) <= EXAMPLE_SIDE:
+            return plain
+        size = min(EXAMPLE_SIDE, *sides) // step * step
+        top, left = (int(self._rng.integers(0, side - size + 1)) for side in sides)
+        return plain[top : top + size, left : left + size]
+
+    def _look(self, plain: np.ndarray) -> Seen:
+        return look(self._vae, to_unit_range(torch.from_numpy(plain.copy()).permute(2, 0, 1))[None])
+
+
+def _example(seen: Seen, mask: np.ndarray) -> Example:
+    x, recon = (((values[0] + 1.0) * 127.5).round().to(torch.uint8) for values in (seen.x, seen.recon))
+    return Example(x, recon, seen.mean[0].half(), torch.from_numpy(mask).half())
+
+
+def _teach(examples: Sequence[Example], config: FitConfig, tell: Progress) -> DefectNet:
+    num_steps = max(1, config.num_epochs * len(examples) // BATCH_SIZE)
+    return teach(
+        _of_one_size(examples),
+        num_steps=num_steps,
+        seed=config.seed,
+        progress=lambda done, total: tell("teaching the network", done, total),
+    )
+
+
+def _of_one_size(examples: Sequence[Example]) -> list[Example]:
+    """The upper left part of each that all of them have."""
+    height, width = (min(example.x.shape[dim] for example in examples) for dim in (1, 2))
+    rows, columns = (min(example.mean.shape[dim] for example in examples) for dim in (1, 2))
+    return [
+        Example(x[:, :height, :width], recon[:, :height, :width], mean[:, :rows, :columns], mask[:height, :width])
+        for x, recon, mean, mask in examples
+    ]
+
+
+def _summarize(evidence: Sequence[Evidence], net: DefectNet | None, lpips_net: str | None) -> Detector:
+    """The detector without its ranges and its calibration: each Gaussian rests on the maps of those before it."""
+    num, num_pixels = len(evidence), sum(one.pixel.numel() for one in evidence)
+    noise = sum(float(one.pixel.double().sum()) for one in evidence) / num_pixels
+    local = _gaussian((windows(one.mean)[0] for one in evidence), num)
+    locals_ = [local_map(local, one) for one in evidence]
+    cells = _gaussian((cell_vectors(one, of) for one, of in zip(evidence, locals_, strict=True)), num)
+    pooled = _gaussian((pooled_vectors(one) for one in evidence), num)
+    joint = _gaussian(
+        (
+            picture_vectors(one, of, cells.distance(cell_vectors(one, of)).view_as(of))
+            for one, of in zip(evidence, locals_, strict=True)
+        ),
+        num,
+    )
+    return Detector(
+        noise=max(noise, LEAST_NOISE),
+        local=local,
+        pooled=pooled,
+        cells=cells,
+        joint=joint,
+        net=net,
+        lpips_net=lpips_net,
+    )
+
+
+def _gaussian(vectors: Iterable[Tensor], num_pictures: int) -> Gaussian:
+    """The Gaussian of the vectors of pictures, (N, D) each, in float64."""
+    sums: PictureSums | None = None
+    for rows in vectors:
+        added = PictureSums.of(rows.double())
+        if sums is None:
+            sums = added
+        else:
+            sums.merge_(added)
+    assert sums is not None, "there are at least two pictures"
+    return Gaussian.fit(sums, num_observations=num_pictures)
+
+
+def _calibrate(
+    detector: Detector,
+    vae: AutoencoderKL,
+    pictures: Iterable[Tensor],
+    perceptual: LPIPS | None,
+    tell: Progress,
+) -> Detector:
+    """The detector with the scores and the ranges of maps of normal pictures that it does not know."""
+    scores: dict[ScoreName, list[float]] = {}
+    cells: dict[ScoreName, list[Tensor]] = {}
+    num_done = 0
+    for x in pictures:
+        found = detector.examine(look(vae, to_unit_range(x)[None]), perceptual)
+        for name, values in found.scores.items():
+            scores.setdefault(name, []).append(float(values))
+        for name, values in found.maps.items():
+            cells.setdefault(name, []).append(values.flatten())
+        num_done += 1
+        tell("calibrating", num_done, None)
+    if num_done < 2:
+        raise UserError(f"{num_done} normal pictures are left to calibrate alarms on; give more, or a larger share.")
+    return replace(
+        detector,
+        calibration={name: tuple(values) for name, values in scores.items()},
+        ranges={name: _range(torch.cat(values)) for name, values in cells.items()},
+    )
+
+
+def _range(values: Tensor) -> tuple[float, float]:
+    """What half and 99.9% of the cells lie below."""
+    thinned = values[:: max(1, len(values) // MAX_CELLS)]
+    low, high = torch.quantile(thinned.double(), torch.tensor((0.5, 0.999), dtype=torch.float64)).tolist()
+    return low, high

@@ -1,0 +1,138 @@
+"""Defects painted into normal pictures, so that a network can learn what a defect is without having seen a real one.
+
+Lines, blur, noise, and parts of other pictures or of the same one, in shapes and strengths that vary widely: what is to
+be learned is that a part does not belong, not how one kind of defect looks.
+
+Source: the idea of Li et al., "CutPaste", arXiv 2104.04015, and of Schlueter et al., "Natural Synthetic Anomalies for
+Self-Supervised Anomaly Detection and Localization", arXiv 2109.15222.
+
+Shapes: H W pixels. Pictures are (H, W, 3) in levels 0 to 255, masks (H, W) from 0 to 1.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.random import Generator
+
+__all__ = ["paint"]
+
+MAX_DEFECTS = 2
+"""In one picture."""
+LEAST_SIDE, LARGEST_SIDE = 16, 80
+"""Pixels of a patch's side, as a square of its area; never more than the picture has."""
+CHANCES = {"lines": 0.15, "blur": 0.15, "noise": 0.15, "foreign": 0.4, "moved": 0.15}
+"""How often each kind is painted."""
+OVERSAMPLING = 4
+"""Lines are drawn so many times larger and averaged down."""
+
+
+def paint(x: np.ndarray, donor: np.ndarray, rng: Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Return a picture with one or two defects, and where they are.
+
+    Args:
+        x: Normal picture, uint8.
+        donor: Another one of any size, from which parts are taken, uint8.
+        rng: Decides everything.
+
+    Returns:
+        The picture as uint8, and the mask as float32.
+    """
+    painted, mask = x.astype(np.float32), np.zeros(x.shape[:2], np.float32)
+    for _ in range(rng.integers(1, MAX_DEFECTS + 1)):
+        kind = rng.choice(list(CHANCES), p=list(CHANCES.values()))
+        if kind == "lines":
+            painted, where = _lines(painted, rng)
+        elif kind == "blur":
+            painted, where = _blur(painted, rng)
+        elif kind == "noise":
+            painted, where = _noise(painted, rng)
+        else:
+            source = donor.astype(np.float32) if kind == "foreign" else painted
+            painted, where = _patch(painted, source, rng)
+        painted = painted.clip(0.0, 255.0)
+        mask = np.maximum(mask, where)
+    return np.rint(painted).astype(np.uint8), mask
+
+
+def _lines(x: np.ndarray, rng: Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Thin lines, straight or bent, of any colour."""
+    from PIL import Image, ImageDraw
+
+    height, width = x.shape[:2]
+    canvas = Image.new("L", (width * OVERSAMPLING, height * OVERSAMPLING))
+    draw = ImageDraw.Draw(canvas)
+    thickness = max(1, round(OVERSAMPLING * rng.uniform(1.0, 2.5)))
+    along = np.linspace(-0.5, 0.5, 9)
+    for _ in range(rng.integers(1, 4)):
+        length, angle = rng.uniform(LEAST_SIDE, 2 * LARGEST_SIDE), rng.uniform(0.0, math.pi)
+        across = rng.normal(0.0, 0.06) * length * (1 - 4 * along**2)
+        centre = rng.uniform(0.2, 0.8, 2) * (width, height)
+        points = centre[:, None] + length * np.outer((math.cos(angle), math.sin(angle)), along)
+        points = OVERSAMPLING * (points + np.outer((-math.sin(angle), math.cos(angle)), across))
+        draw.line([(float(a), float(b)) for a, b in points.T], fill=255, width=thickness)
+    where = np.asarray(canvas.resize((width, height), Image.Resampling.BOX), np.float32) / 255.0
+    opacity = rng.uniform(0.3, 1.0) * where[..., None]
+    colour = rng.uniform(0.0, 255.0, 3) if rng.random() < 0.5 else float(rng.choice([0.0, 255.0]))
+    return (x * (1 - opacity) + opacity * colour).astype(np.float32), where
+
+
+def _blur(x: np.ndarray, rng: Generator) -> tuple[np.ndarray, np.ndarray]:
+    """A part out of focus, or all of it."""
+    from scipy.ndimage import gaussian_filter
+
+    where, _ = _place(x, rng)
+    if rng.random() < 0.2:
+        where = np.ones_like(where)
+    sigma = rng.uniform(1.0, 4.0)
+    return x + (gaussian_filter(x, (sigma, sigma, 0.0)) - x) * where[..., None], where
+
+
+def _noise(x: np.ndarray, rng: Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Gaussian noise, the same in all channels or in each its own."""
+    where, _ = _place(x, rng)
+    size = x.shape if rng.random() < 0.6 else (*x.shape[:2], 1)
+    noise = rng.standard_normal(size, np.float32) * np.float32(rng.uniform(8.0, 50.0))
+    return x + where[..., None] * noise, where
+
+
+def _patch(x: np.ndarray, source: np.ndarray, rng: Generator) -> tuple[np.ndarray, np.ndarray]:
+    """A part of a picture, blended in; mostly with the colours of what it covers, often with its contrast too."""
+    where, box = _place(x, rng)
+    rows, columns = (rng.integers(0, source.shape[axis]) + np.arange(x.shape[axis]) for axis in (0, 1))
+    if rng.random() < 0.5:
+        columns = columns[::-1]
+    moved = source[np.ix_(_reflect(rows, source.shape[0]), _reflect(columns, source.shape[1]))]
+    if rng.random() < 0.85:
+        ours, theirs = (values[box].reshape(-1, 3) for values in (x, moved))
+        contrast = (ours.std(axis=0) / (theirs.std(axis=0) + 1e-3)).clip(0.5, 2.0) if rng.random() < 0.7 else 1.0
+        moved = (moved - theirs.mean(axis=0)) * contrast + ours.mean(axis=0)
+    return x + (moved - x) * where[..., None], where
+
+
+def _place(x: np.ndarray, rng: Generator) -> tuple[np.ndarray, tuple[slice, slice]]:
+    """A rectangle or a blob with a soft edge as a mask, and the box around it."""
+    from scipy.ndimage import gaussian_filter
+
+    height, width = x.shape[:2]
+    size, shape = math.exp(rng.uniform(math.log(LEAST_SIDE), math.log(LARGEST_SIDE))), math.exp(rng.uniform(-0.3, 0.3))
+    tall, wide = min(height, round(size * shape)), min(width, round(size / shape))
+    top, left = rng.integers(0, height - tall + 1), rng.integers(0, width - wide + 1)
+    box = (slice(top, top + tall), slice(left, left + wide))
+    where = np.zeros((height, width), np.float32)
+    if rng.random() < 0.6:
+        where[box] = 1.0
+    else:
+        field = gaussian_filter(rng.standard_normal((tall, wide), np.float32), math.sqrt(tall * wide) / 6)
+        where[box] = field > np.quantile(field, 0.4)
+    return gaussian_filter(where, rng.uniform(0.5, 4.0)), box
+
+
+def _reflect(places: np.ndarray, size: int) -> np.ndarray:
+    """Places beyond the end, mirrored back into 0 to size - 1."""
+    folded = places % (2 * size)
+    return np.where(folded < size, folded, 2 * size - 1 - folded)
