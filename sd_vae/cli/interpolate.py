@@ -209,8 +209,8 @@ def _print_line(found: Interpolation, result: dict[str, Any]) -> None:
         console.print_table("steps", ["step", heading], [[str(n), f"{place:.3f}"] for n, place in enumerate(places)])
         return
     console.print_table(
-        f"steps, and how far each looks from the one before ({result['distance']})",
-        ["step", heading, "distance"],
+        "steps",
+        ["step", heading, f"{result['distance']} to the one before"],
         [
             [str(number), f"{place:.3f}", "" if number == 0 else f"{found.distances[number - 1]:.4f}"]
             for number, place in enumerate(places)
@@ -234,8 +234,8 @@ def _grid(args: Args, vae: AutoencoderKL, corners: list[Tensor], distance: Perce
     right, below = grid_distances(x, distance, vae.device)
     if not args.json:
         console.print_table(
-            f"how far neighbours look apart, mean over a row ({result['distance']})",
-            ["row", "to the right", "to below"],
+            "distances of neighbours, means",
+            ["row", f"{result['distance']} to the right", f"{result['distance']} to below"],
             [
                 [str(row), f"{right[row]:.4f}", f"{below[row]:.4f}" if row < len(below) else ""]
                 for row in range(args.steps)

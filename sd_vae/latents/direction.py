@@ -168,8 +168,13 @@ def load_direction(path: Path | str) -> Direction:
         raise UserError(
             f"{path} is a direction of version {about.get('version')}, this sd-vae reads {VERSION}; make it anew."
         )
+    missing = [name for name in ("num_positive", "num_negative", "separation", "encoder") if name not in about]
+    if missing:
+        raise UserError(f"{path} misses the key {missing[0]!r}; make it anew with sd-vae latents direction.")
+    if not bool(vector.isfinite().all()):
+        raise UserError(f"{path} holds values that are not finite; make it anew with sd-vae latents direction.")
     return Direction(
-        vector=vector,
+        vector=vector.float(),
         num_positive=about["num_positive"],
         num_negative=about["num_negative"],
         separation=about["separation"],

@@ -31,6 +31,7 @@ import torch
 
 from sd_vae.errors import UserError
 from sd_vae.latents.dataset import LatentDataset
+from sd_vae.latents.store import LatentStore
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +46,9 @@ NUM_BANDS = 4
 
 NUM_STARTS = 10
 """Runs of k-means, of which the one that fits best is kept."""
+
+LEAST_VARIANCE = 1e-6
+"""Variance that an octave is taken to have at least, so that one without any has a logarithm."""
 
 LEAST_PICTURES = 4
 """Pictures that a component needs: fewer say little of how pictures differ."""
@@ -145,8 +149,9 @@ def fit_prior(
 ) -> FieldPrior:
     """Return a mixture of Gaussian fields fitted to the items of a store, in two passes over it.
 
-    Items are grouped by k-means over their mean and the logarithms of their standard deviations in each octave. A
-    group that comes out with fewer than 4 items is dissolved into the others.
+    Items are grouped by k-means over their mean, in standard deviations of z within an item, and the logarithms of
+    their standard deviations in each octave. A group that comes out with fewer than 4 items is dissolved into the
+    others.
 
     Args:
         folder: The store. Where it holds moments, the posterior's own variance is part of the field.
@@ -157,7 +162,7 @@ def fit_prior(
     Raises:
         UserError: No finished store, fewer than 4 items a component, or a number of components below 1.
     """
-    held = LatentDataset(folder, columns=()).description.content
+    held = LatentStore.open(Path(folder)).description.content
     dataset = LatentDataset(folder, content=held, columns=())
     if num_components < 1:
         raise UserError(f"num_components is {num_components}, it must be at least 1.")
@@ -232,37 +237,37 @@ def _windows(values: Tensor) -> list[Tensor]:
 
 
 def _traits(z: Tensor) -> Tensor:
-    """Mean, and logarithm of the standard deviation in each octave, of each channel: (C * (1 + bands),)."""
+    """Mean of each channel, then the logarithm of its standard deviation in each octave: (1 + bands, C)."""
     from torch.nn.functional import avg_pool2d
 
     found, level = [z.mean(dim=(1, 2))], z
     for band in range(NUM_BANDS):
-        coarser = avg_pool2d(level, 2, ceil_mode=True) if min(level.shape[-2:]) > 1 else level
-        spread = level.var(dim=(1, 2), correction=0) - coarser.var(dim=(1, 2), correction=0)
-        if band == NUM_BANDS - 1:
-            spread = level.var(dim=(1, 2), correction=0)  # all that is coarser
-        found.append(0.5 * spread.clamp(min=1e-12).log())
-        level = coarser
-    return torch.cat(found)
+        spread = level.var(dim=(1, 2), correction=0)
+        if band < NUM_BANDS - 1:  # the last octave is all that is coarser
+            level = avg_pool2d(level, 2, ceil_mode=True)
+            spread = spread - level.var(dim=(1, 2), correction=0)
+        found.append(0.5 * spread.clamp(min=LEAST_VARIANCE).log())
+    return torch.stack(found)
 
 
 def _group(traits: Tensor, num_groups: int, seed: int) -> list[int]:
-    """Number of each picture's group, from 0 without a gap; (P, traits) are of P pictures."""
+    """Number of each picture's group, from 0 without a gap; traits are (P, 1 + bands, C)."""
     from scipy.cluster.vq import kmeans2
 
-    spread = traits.std(dim=0)
-    scaled = (traits - traits.mean(dim=0)) / torch.where(spread > 0, spread, 1.0)
-    best, best_error = scaled[:0], float("inf")
+    within = (2.0 * traits[:, 1:]).exp().sum(dim=1).mean().sqrt()  # one for all channels: a dead one has no scale
+    points = torch.cat([traits[:, :1] / within, traits[:, 1:]], dim=1).flatten(1)
+    num_groups = min(num_groups, len(points.unique(dim=0)))
+    best, best_error = points[:0], float("inf")
     for start in range(NUM_STARTS):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # an empty group, which is dissolved below
-            found, labels = kmeans2(scaled.numpy(), num_groups, minit="++", seed=seed * NUM_STARTS + start)
+            found, labels = kmeans2(points.numpy(), num_groups, minit="++", seed=seed * NUM_STARTS + start)
         centres = torch.from_numpy(found)
-        error = float((scaled - centres[labels]).square().sum())
+        error = float((points - centres[labels]).square().sum())
         if error < best_error:
             sizes = torch.bincount(torch.from_numpy(labels), minlength=num_groups)
             best, best_error = centres[sizes >= LEAST_PICTURES], error
-    nearest = torch.cdist(scaled, best).argmin(dim=1)
+    nearest = torch.cdist(points, best).argmin(dim=1)
     labels_left: list[int] = nearest.unique(return_inverse=True)[1].tolist()
     return labels_left
 

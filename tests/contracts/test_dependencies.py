@@ -17,6 +17,7 @@ OPTIONAL = {
     "ray",
     "wandb",
     "constriction",
+    "av",
     "xformers",
 }  # imported where they are, and said to be missing where not
 TRANSITIVE = {"llvmlite": "numba", "mpl_toolkits": "matplotlib"}
