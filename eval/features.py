@@ -31,6 +31,7 @@ __all__ = [
     "Features",
     "InceptionFeatures",
     "build_features",
+    "has_weights",
     "leave_out",
     "sha256_of",
 ]
@@ -158,9 +159,20 @@ def sha256_of(file: Path) -> str:
     return digest.hexdigest()
 
 
+def has_weights(net: str) -> bool:
+    """Return whether a network's weights are in the torch hub cache: nothing is downloaded to find out."""
+    from sd_vae.losses.backbones import place_in_cache
+
+    return (_inception_in_cache() if net == "inception" else place_in_cache(net)).is_file()
+
+
+def _inception_in_cache() -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+
+
 def _find_inception(file: str | None) -> Path:
     """The file that is given, or the one in the torch hub cache."""
-    found = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE if file is None else Path(file)
+    found = _inception_in_cache() if file is None else Path(file)
     if found.is_file():
         return found
     raise UserError(

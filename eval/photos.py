@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image
 
-from sd_vae.data import PictureTransform, Record, Records, decode_picture, open_records
+from sd_vae.data import Images, PictureTransform, Record, Records, decode_picture, open_records
 from sd_vae.data.decoding import Reject
 from sd_vae.data.geometry import Placement, placements
 from sd_vae.errors import UserError
@@ -22,17 +23,19 @@ __all__ = [
     "Data",
     "Photo",
     "PhotoSet",
+    "Pictures",
     "find_files",
     "fit_photo",
     "list_photos",
+    "numbered_photos",
     "open_photos",
     "photo_digest",
     "place",
     "read_photo",
 ]
 
-Data = str | Path | Sequence[str | Path] | Mapping[str, Image.Image]
-"""What photos are taken from: a folder, a file, a data set, several files and folders, or named pictures."""
+Pictures = str | Path | Sequence[str | Path] | Mapping[str, Image.Image]
+"""A folder, a file, several files and folders, or named pictures."""
 
 RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -47,8 +50,8 @@ class Photo:
 
     name: str
     """Unique within the set it belongs to."""
-    source: Path | Image.Image | Record
-    """File, the picture itself, or a record of a data set."""
+    source: Path | Image.Image | Record | Callable[[], Image.Image]
+    """File, the picture itself, a record of a data set, or what returns the picture as upright RGB."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     """What else the data says of it, such as boxes."""
 
@@ -75,6 +78,10 @@ class PhotoSet:
             yield Photo(record.id, record, record.columns)
 
 
+Data = Pictures | PhotoSet
+"""What photos are taken from: pictures, or a data set; or what `open_photos` has opened."""
+
+
 def open_photos(data: Data) -> PhotoSet:
     """Return the photos that `data` stands for.
 
@@ -85,12 +92,20 @@ def open_photos(data: Data) -> PhotoSet:
     Raises:
         UserError: There are none, or the data cannot be opened.
     """
+    if isinstance(data, PhotoSet):
+        return data
     if isinstance(data, str | Path) and not _is_picture_file(Path(data)):
         return PhotoSet(open_records(str(data)))
     return PhotoSet(list_photos(data))
 
 
-def list_photos(data: Data) -> list[Photo]:
+def numbered_photos(images: Images) -> PhotoSet:
+    """Return the pictures of a source that knows them by number, named by the ends of the names it gives them."""
+    names = _names([Path(images.name(index)) for index in range(len(images))])
+    return PhotoSet([Photo(name, functools.partial(images.load, index)) for index, name in enumerate(names)])
+
+
+def list_photos(data: Pictures) -> list[Photo]:
     """Return the photos that `data` stands for, in its order.
 
     Args:
@@ -122,6 +137,8 @@ def read_photo(photo: Photo) -> Image.Image:
         return open_image(photo.source)
     if isinstance(photo.source, Image.Image):
         return to_rgb(photo.source)
+    if not isinstance(photo.source, Record):
+        return photo.source()
     decoded = decode_picture(photo.source.data)
     if isinstance(decoded, Reject):
         raise UserError(f"cannot read the picture {photo.source.source}: {decoded.detail}; convert it or leave it out.")

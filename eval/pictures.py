@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-__all__ = ["ERROR_CEILING", "error_map", "latent_channels", "latent_colours", "side_by_side"]
+__all__ = ["ERROR_CEILING", "error_map", "latent_channels", "latent_colours", "side_by_side", "stacked"]
 
 ERROR_CEILING = 64
 """Difference in 8-bit levels that the error map shows at its brightest; the same for every picture, so they compare."""
@@ -80,6 +80,17 @@ def side_by_side(pictures: Sequence[Image.Image], *, gap: int = 8) -> Image.Imag
         strip.paste(picture, (left, 0))
         left += picture.width + gap
     return strip
+
+
+def stacked(pictures: Sequence[Image.Image], *, gap: int = 8) -> Image.Image:
+    """Return pictures below each other, their left sides aligned, on white with `gap` pixels between them."""
+    height = sum(picture.height for picture in pictures) + gap * (len(pictures) - 1)
+    sheet = Image.new("RGB", (max(picture.width for picture in pictures), height), "white")
+    top = 0
+    for picture in pictures:
+        sheet.paste(picture, (0, top))
+        top += picture.height + gap
+    return sheet
 
 
 def _to_numpy(z: Tensor) -> np.ndarray:

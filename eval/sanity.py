@@ -15,18 +15,18 @@ from sd_vae._diffusers import DiffusersAutoencoderKL
 from sd_vae.errors import UserError
 
 from .metrics import psnr_db
-from .photos import Data, fit_photo, list_photos, read_photo
+from .photos import Pictures, fit_photo, list_photos, read_photo
 from .roundtrip import decode_picture, encode_picture, evaluating
 
 __all__ = ["shuffled_latents_psnr_db", "zero_latents_psnr_db"]
 
 
-def zero_latents_psnr_db(vae: DiffusersAutoencoderKL, data: Data, *, size: int | None = None) -> float:
+def zero_latents_psnr_db(vae: DiffusersAutoencoderKL, data: Pictures, *, size: int | None = None) -> float:
     """Return the mean PSNR in dB of photos against what raw latents of zero decode to.
 
     Args:
         vae: Model.
-        data: Data, as `evaluate` takes them.
+        data: Pictures, as `evaluate` takes them.
         size: As in `evaluate`.
 
     Raises:
@@ -36,7 +36,7 @@ def zero_latents_psnr_db(vae: DiffusersAutoencoderKL, data: Data, *, size: int |
     return _mean_psnr_db(vae, pictures, [torch.zeros_like(z) for z in latents])
 
 
-def shuffled_latents_psnr_db(vae: DiffusersAutoencoderKL, data: Data, *, size: int | None = None) -> float:
+def shuffled_latents_psnr_db(vae: DiffusersAutoencoderKL, data: Pictures, *, size: int | None = None) -> float:
     """Return the mean PSNR in dB of photos against what the next photo's latents decode to; the last takes the first's.
 
     Args:
@@ -58,7 +58,9 @@ def shuffled_latents_psnr_db(vae: DiffusersAutoencoderKL, data: Data, *, size: i
     return _mean_psnr_db(vae, pictures, [*latents[1:], latents[0]])
 
 
-def _encode_all(vae: DiffusersAutoencoderKL, data: Data, size: int | None) -> tuple[list[Image.Image], list[Tensor]]:
+def _encode_all(
+    vae: DiffusersAutoencoderKL, data: Pictures, size: int | None
+) -> tuple[list[Image.Image], list[Tensor]]:
     """Photos and the modes of their posteriors."""
     pictures = [fit_photo(read_photo(photo), size) for photo in list_photos(data)]
     with evaluating([vae]):

@@ -7,11 +7,14 @@ from sd_vae.validation import STRICT
 
 __all__ = ["BEST_METRICS", "ReportConfig", "SpeedConfig"]
 
-BEST_METRICS = {"psnr_db": True} | dict.fromkeys(
-    ("reconstruction", "lpips_vgg", "lpips_alex", "lpips_squeeze", "distilled", "ms_ssim"), False
+NETS = ("lpips_vgg", "lpips_alex", "lpips_squeeze")
+
+BEST_METRICS = dict.fromkeys(("psnr_db", "ssim", "ms_ssim"), True) | dict.fromkeys(
+    (*NETS, "l1", "ciede2000", *(f"loss/{term}" for term in ("reconstruction", *NETS, "distilled", "ms_ssim_loss"))),
+    False,
 )
-"""Validation metrics that can choose the best weights, and whether more is better; a term of the loss counts where the
-loss has it."""
+"""Validation metrics that can choose the best weights, and whether more is better: those of an evaluation, and the
+terms of the loss where it has them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +26,10 @@ class ReportConfig:
     wandb_project: str | None = None
     """Project of Weights & Biases that gets the numbers and pictures too; needs the extra `wandb`."""
     best_metric: str | None = None
-    """Validation metric whose best weights are kept in best/: psnr_db, or a term of the loss such as
-    reconstruction or lpips_vgg."""
+    """Validation metric whose best weights are kept in best/: one that `protocol` measures, such as psnr_db or
+    lpips_alex, or a term of the loss, such as loss/reconstruction or loss/lpips_vgg."""
+    protocol: str = "native"
+    """How validation photos are measured: a protocol of `sd-vae eval`, at data.size where it has no size of its own."""
     push_to_hub: str | None = None
     """Repository USER/NAME of the hub that the finished VAE is uploaded to."""
     hub_private: bool = True

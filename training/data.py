@@ -14,7 +14,7 @@ from sd_vae.errors import UserError
 
 from .checkpoint import Progress
 from .config import TrainConfig
-from .validation import load_photos, require_readable
+from .validation import ChosenImages, load_photos, readable, require_readable
 
 __all__ = ["TrainingData"]
 
@@ -42,7 +42,8 @@ class TrainingData:
             self.source = open_training_source(config.data, config.seed)
         for images in self.source.images:
             require_readable(images)
-        self.photos = self._validation_photos()
+        self.validation = self._validation_images()
+        self.photos = None if self.validation is None else load_photos(self.validation, config.data.size)
         self.num_rejects = 0
         """Attempts of this process to read a picture that failed, since the run or its last resumption began."""
         self.num_retries = 0
@@ -76,7 +77,8 @@ class TrainingData:
         if not self.source.images:
             return next(iter(training_loader(self.source, self.config.data, batch_size=num_images, seed=0))).x
         share = max(1, num_images // len(self.source.images))
-        return torch.cat([load_photos(images, share, self.config.data.size) for images in self.source.images])
+        size = self.config.data.size
+        return torch.cat([load_photos(readable(images, share), size) for images in self.source.images])
 
     @property
     def described(self) -> str:
@@ -128,12 +130,11 @@ class TrainingData:
                 *(stream.spec, before.samples),
             )
 
-    def _validation_photos(self) -> Tensor | None:
+    def _validation_images(self) -> ChosenImages | None:
         data = self.config.data
         if data.validation is None:
             return None
-        source = open_images(data.validation, image_column=data.image_column)
-        return load_photos(source, self.config.num_validation_images, data.size)
+        return readable(open_images(data.validation, data.image_column), self.config.num_validation_images)
 
     def _note(self, reasons: list[str]) -> None:
         for reason in reasons:

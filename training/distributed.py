@@ -13,10 +13,11 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin
 
 from sd_vae.errors import UserError
+from sd_vae.latents.processes import Processes
 
 from .config import TrainConfig
 
-__all__ = ["StopRequest", "build_accelerator", "stop_on_signals"]
+__all__ = ["StopRequest", "build_accelerator", "processes_of", "stop_on_signals"]
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
@@ -40,6 +41,15 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         mixed_precision=config.mixed_precision,
         # A plugin, because the plain argument gives way to an environment variable.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps),
+    )
+
+
+def processes_of(accelerator: Accelerator) -> Processes:
+    """Return the processes that train together, for work that they share."""
+    return Processes(
+        rank=accelerator.process_index,
+        count=accelerator.num_processes,
+        local_rank=accelerator.local_process_index,
     )
 
 

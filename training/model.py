@@ -1,7 +1,9 @@
 """The network that a run starts from, which of its parameters train, and the plain network that it ends with."""
 
+from collections.abc import Callable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sd_vae.autoencoder import AutoencoderKL
 from sd_vae.checkpoints import load_vae
@@ -10,8 +12,12 @@ from sd_vae.initialization import start_near_identity_
 
 from .config import ModelConfig, TrainConfig
 from .lora import add_lora_, has_lora, merged
+from .validation import latent_moments
 
-__all__ = ["initial_vae", "plain_vae", "prepare_training_"]
+__all__ = ["initial_vae", "plain_vae", "prepare_training_", "set_scale_"]
+
+NUM_SCALING_PHOTOS = 64
+"""Training photos whose latents set the scaling factor of a VAE trained from random weights."""
 
 
 def initial_vae(config: TrainConfig) -> AutoencoderKL:
@@ -55,6 +61,24 @@ def prepare_training_(vae: AutoencoderKL, model: ModelConfig, *, seed: int = 0) 
 def plain_vae(vae: AutoencoderKL) -> AutoencoderKL:
     """Return the VAE without adapters: the same weights with a config of its own, or a copy with LoRA merged in."""
     return AutoencoderKL.from_diffusers(merged(vae) if has_lora(vae) else vae)
+
+
+def set_scale_(vae: AutoencoderKL, model: ModelConfig, photos: Callable[[int], Tensor], device: torch.device) -> str:
+    """Give a VAE the scale and shift of its own latents, if it began with random weights or is told to; say whose.
+
+    Args:
+        vae: Trained, changed in place.
+        model: What it began with.
+        photos: Returns so many training photos, (N, 3, S, S) in [-1, 1].
+        device: Where the VAE is.
+    """
+    if model.scaling_factor == "keep" or (model.scaling_factor == "auto" and model.pretrained):
+        return "kept"
+    x = photos(NUM_SCALING_PHOTOS)
+    mean, std = latent_moments(vae, x, device)
+    shift = None if vae.config.shift_factor is None else mean
+    vae.register_to_config(scaling_factor=1.0 / std, shift_factor=shift)
+    return f"1 / standard deviation of the latents of {len(x)} training photos"
 
 
 def _is_within(name: str, start: str) -> bool:

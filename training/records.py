@@ -16,8 +16,12 @@ from sd_vae.errors import UserError
 from sd_vae.files import file_errors, finite, read_text, write_text
 
 from .config import TrainConfig
+from .validation import Evaluated
 
-__all__ = ["MetricsLog", "model_card", "read_metrics", "versions"]
+__all__ = ["CARD_PICTURE", "MetricsLog", "model_card", "read_metrics", "versions"]
+
+CARD_PICTURE = "reconstructions.png"
+"""Beside the model card: photos and what becomes of them."""
 
 
 class MetricsLog:
@@ -122,8 +126,8 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
-def model_card(config: TrainConfig, results: Mapping[str, Any]) -> str:
-    """Return the README.md of a trained VAE: what it is, how to load it, how it was made, its numbers."""
+def model_card(config: TrainConfig, results: Mapping[str, Any], evaluated: Evaluated | None = None) -> str:
+    """Return the README.md of a trained VAE: what it is, how to load it, how it was made, its numbers and pictures."""
     start = config.model.pretrained or f"random weights of preset `{config.model.preset}`"
     losses = [config.loss.reconstruction.upper()]
     if config.loss.perceptual.weight:
@@ -134,6 +138,9 @@ def model_card(config: TrainConfig, results: Mapping[str, Any]) -> str:
     validation = results.get("validation") or {}
     numbers = "\n".join(f"| {name} | {value:.5g} |" for name, value in validation.items())
     table = f"| validation | value |\n|---|---|\n{numbers}\n" if numbers else "No validation photos were given.\n"
+    if evaluated is not None:
+        shown = f"\n![photos and their reconstructions]({CARD_PICTURE})\n" if evaluated.picture else ""
+        table = evaluated.card + shown
     return f"""---
 library_name: diffusers
 tags: [vae, stable-diffusion, autoencoder]

@@ -15,9 +15,10 @@ from sd_vae.data.remote import is_remote, without_secrets
 from sd_vae.errors import UserError
 from sd_vae.files import file_errors, finite, make_folder, require_own_folder, write_json, write_text
 
-from .config import TrainConfig
+from .config import TrainConfig, load_recipe
 from .config_extras import BEST_METRICS
-from .records import model_card
+from .records import CARD_PICTURE, model_card
+from .validation import Evaluated, save_picture
 
 __all__ = [
     "RunLock",
@@ -27,6 +28,7 @@ __all__ = [
     "require_new_run",
     "save_best",
     "shareable",
+    "unfinished",
     "with_absolute_paths",
     "write_result",
 ]
@@ -35,8 +37,8 @@ LOCK = "run.lock"
 """There while a run writes into its folder."""
 
 OWN = (
-    *("config.yaml", "metrics.jsonl", "samples", "checkpoints", "tensorboard", "wandb", "vae", "best", "report.json"),
-    *("adapter", LOCK),
+    *("config.yaml", "metrics.jsonl", "samples", "checkpoints", "tensorboard", "wandb", "vae", "best", "evaluation"),
+    *("adapter", "report.json", LOCK),
 )
 """What a run writes; a folder that holds anything else is never replaced."""
 
@@ -144,6 +146,19 @@ def save_best(folder: Path, vae: AutoencoderKL, metric: str, values: Mapping[str
     save_vae(vae, folder / "best", metadata=metadata, overwrite=True)
 
 
+def unfinished(folder: Path) -> TrainConfig:
+    """Return the config of an interrupted run.
+
+    Raises:
+        UserError: The folder is no run, or is finished.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder} is not a run folder (no config.yaml in it); give the --out of a training.")
+    if (folder / "report.json").is_file():
+        raise UserError(f"{folder} is finished (it has a report.json); its VAE is {folder / 'vae'}.")
+    return dataclasses.replace(load_recipe(folder / "config.yaml"), out=str(folder))
+
+
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     """The config with local paths made absolute, so that a run can be resumed from anywhere."""
     return _with_sources(config, lambda spec: str(Path(spec).resolve()) if _is_local(spec) else spec)
@@ -158,13 +173,17 @@ def shareable(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(_with_sources(config, public), out=Path(config.out).name)
 
 
-def write_result(config: TrainConfig, vae: AutoencoderKL, report: dict[str, Any]) -> RunResult:
+def write_result(
+    config: TrainConfig, vae: AutoencoderKL, report: dict[str, Any], evaluated: Evaluated | None = None
+) -> RunResult:
     """Save a trained VAE with its provenance and model card, then the report that makes its run a finished one."""
     folder, public = Path(config.out), shareable(config)
     facts = {name: value for name, value in report.items() if name != "unreadable"}  # which names files of this machine
     metadata = {"recipe": json.dumps(dataclasses.asdict(public)), "training": json.dumps(finite(facts))}
     save_vae(vae, folder / "vae", metadata=metadata, overwrite=True)
-    write_text(folder / "vae" / "README.md", model_card(public, report))
+    write_text(folder / "vae" / "README.md", model_card(public, report, evaluated))
+    if evaluated is not None and evaluated.picture is not None:
+        save_picture(evaluated.picture, folder / "vae" / CARD_PICTURE)
     write_json(folder / "report.json", report)
     return RunResult(folder=folder, report=report)
 

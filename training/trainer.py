@@ -5,7 +5,7 @@ noise is a function of (seed, epoch, sample), so a run is its config plus one nu
 resuming is exact. What one step does to the networks is in `update.py`.
 
 A run folder: `config.yaml` (resolved), `metrics.jsonl`, `samples/`, `checkpoints/`, `vae/` (a diffusers folder, EMA
-weights where there are any), `report.json`.
+weights where there are any), `evaluation/`, `report.json`.
 """
 
 import dataclasses
@@ -29,10 +29,10 @@ from .checkpoint import Progress, load_checkpoint, newest_checkpoint, save_check
 from .collapse import CollapseMonitor
 from .config import TrainConfig, load_recipe, save_recipe
 from .data import TrainingData
-from .distributed import StopRequest, build_accelerator, stop_on_signals
+from .distributed import StopRequest, build_accelerator, processes_of, stop_on_signals
 from .ema import EMA
 from .lora import save_adapter
-from .model import initial_vae, plain_vae, prepare_training_
+from .model import initial_vae, plain_vae, prepare_training_, set_scale_
 from .publishing import push, require_login
 from .records import MetricsLog, versions
 from .rehearsal import memory_errors
@@ -43,30 +43,29 @@ from .run_folder import (
     make_run_folder,
     require_new_run,
     save_best,
+    unfinished,
     with_absolute_paths,
     write_result,
 )
 from .throughput import Throughput, training_flops
 from .update import Update, UpdateResult
-from .validation import latent_moments, save_picture, validate
+from .validation import Evaluate, Evaluated, save_picture, validate
 
 __all__ = ["Trainer", "resume", "train"]
 
 logger = logging.getLogger(__name__)
 
-NUM_SCALING_PHOTOS = 64
-"""Training photos whose latents set the scaling factor of a VAE trained from random weights."""
-
 COLLAPSE_PATIENCE = 100
 """Steps at least before a latent channel that says nothing is a warning."""
 
 
-def train(config: TrainConfig | str | Path, *, overwrite: bool = False) -> RunResult:
+def train(config: TrainConfig | str | Path, *, overwrite: bool = False, evaluate: Evaluate | None = None) -> RunResult:
     """Train a VAE and return where it is.
 
     Args:
         config: The run, or a recipe's path or shipped name.
         overwrite: Replace a run that is in the config's `out`.
+        evaluate: Measures validation photos, such as `eval.validation.Validator`; without it only the loss is told.
 
     Raises:
         UserError: Something about config, data, weights or the folder that the user can mend.
@@ -74,22 +73,21 @@ def train(config: TrainConfig | str | Path, *, overwrite: bool = False) -> RunRe
     """
     config = config if isinstance(config, TrainConfig) else load_recipe(config)
     config.require_complete()
-    return Trainer(config, overwrite=overwrite).fit()
+    return Trainer(config, overwrite=overwrite, evaluate=evaluate).fit()
 
 
-def resume(folder: str | Path) -> RunResult:
+def resume(folder: str | Path, *, evaluate: Evaluate | None = None) -> RunResult:
     """Go on with an interrupted run from its newest checkpoint; nothing but its folder is needed.
+
+    Args:
+        folder: The run.
+        evaluate: As for `train`.
 
     Raises:
         UserError: The folder is no run, has no checkpoint, or is finished.
     """
-    folder = Path(folder)
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder} is not a run folder (no config.yaml in it); give the --out of a training.")
-    if (folder / "report.json").is_file():
-        raise UserError(f"{folder} is finished (it has a report.json); its VAE is {folder / 'vae'}.")
-    config = dataclasses.replace(load_recipe(folder / "config.yaml"), out=str(folder))
-    return Trainer(config, checkpoint=newest_checkpoint(folder / "checkpoints")).fit()
+    config = unfinished(Path(folder))
+    return Trainer(config, checkpoint=newest_checkpoint(Path(folder) / "checkpoints"), evaluate=evaluate).fit()
 
 
 class Trainer:
@@ -99,10 +97,19 @@ class Trainer:
         config: The run.
         checkpoint: Where to go on from; None starts anew.
         overwrite: Replace the run that is in the config's `out`.
+        evaluate: As for `train`.
     """
 
-    def __init__(self, config: TrainConfig, *, checkpoint: Path | None = None, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        checkpoint: Path | None = None,
+        overwrite: bool = False,
+        evaluate: Evaluate | None = None,
+    ) -> None:
         self.config = config
+        self.evaluate = evaluate
         self.folder = Path(config.out)
         self.is_new = checkpoint is None
         if self.is_new:
@@ -228,10 +235,12 @@ class Trainer:
         return means
 
     def _validate(self, log: MetricsLog | None) -> None:
-        """Reconstruct the validation photos with the weights that will be saved."""
+        """Reconstruct the validation photos with the weights that will be saved, and measure them in all processes."""
+        evaluated = self._evaluate(self._best_vae())
         if log is None or self.photos is None:
             return
         values, picture = validate(self._best_vae(), self.objective, self.photos, self.accelerator.device)
+        values |= {} if evaluated is None else evaluated.values
         before, metric = self.progress, self.config.report.best_metric
         self.progress = dataclasses.replace(before, validation=values)
         save_picture(picture, self.folder / "samples" / f"step-{before.step:07d}.png")
@@ -239,6 +248,12 @@ class Trainer:
         if metric is not None and is_better(metric, values, before.best):
             save_best(self.folder, plain_vae(self._best_vae()), metric, values, before.step)
             self.progress = dataclasses.replace(self.progress, best=values[metric])
+
+    def _evaluate(self, vae: AutoencoderKL, folder: Path | None = None) -> Evaluated | None:
+        """Measure a VAE on the validation photos, in its share of this process; None where nothing is to measure."""
+        if self.evaluate is None or self.data.validation is None:
+            return None
+        return self.evaluate(vae, self.data.validation, processes=processes_of(self.accelerator), folder=folder)
 
     def _save(self) -> None:
         """Write a checkpoint.
@@ -248,7 +263,7 @@ class Trainer:
         """
         if not all(bool(parameter.isfinite().all()) for parameter in self.parameters):
             raise self._diverged("weights are not finite")
-        progress = self._noted()
+        progress = self.data.noted(self.progress)
         if self._is_main:
             models, states = self._state()
             folder = self.folder / "checkpoints"
@@ -298,7 +313,8 @@ class Trainer:
             raise UserError(f"data.size is {self.config.data.size}, it must be a multiple of the factor {vae.factor}.")
         if self.config.model.gradient_checkpointing:
             vae.enable_gradient_checkpointing()
-        return vae.to(self.accelerator.device, memory_format=self._memory_format).train()
+        memory_format = torch.channels_last if self.config.model.channels_last else torch.contiguous_format
+        return vae.to(self.accelerator.device, memory_format=memory_format).train()
 
     def _build_objective(self) -> Objective:
         """The loss; crops too small for its perceptual term are refused before anything is written."""
@@ -334,16 +350,17 @@ class Trainer:
             f"{self._samples_per_step} pictures each"
         )
         if self.photos is None:
-            logger.info("no validation photos: set data.validation to see reconstructions and PSNR on the way")
+            logger.info("no validation photos: set data.validation to see and measure reconstructions on the way")
         return lock
 
     def _finish(self) -> RunResult:
         """Save the VAE with its scale, its provenance, the model card and the report."""
-        progress = self._noted()
+        progress = self.data.noted(self.progress)
+        vae = plain_vae(self._best_vae())
+        evaluated = self._evaluate(vae, self.folder / "evaluation")
         if not self._is_main:
             return RunResult(folder=self.folder, report={})
-        vae = plain_vae(self._best_vae())
-        source = self._set_scale(vae)
+        source = set_scale_(vae, self.config.model, self.data.first_photos, self.accelerator.device)
         if progress.unreadable:
             num_unreadable = len(progress.unreadable)
             logger.warning("%d pictures could not be read and were left out, listed in report.json", num_unreadable)
@@ -363,22 +380,7 @@ class Trainer:
             "versions": versions(),
         }
         save_adapter(self._best_vae(), self.config)
-        return write_result(self.config, vae, report)
-
-    def _set_scale(self, vae: AutoencoderKL) -> str:
-        """Give a VAE that began with random weights the scale and shift of its own latents; say where they are from."""
-        choice = self.config.model.scaling_factor
-        if choice == "keep" or (choice == "auto" and self.config.model.pretrained):
-            return "kept"
-        photos = self.data.first_photos(NUM_SCALING_PHOTOS)
-        mean, std = latent_moments(vae, photos, self.accelerator.device)
-        shift = None if vae.config.shift_factor is None else mean
-        vae.register_to_config(scaling_factor=1.0 / std, shift_factor=shift)
-        return f"1 / standard deviation of the latents of {len(photos)} training photos"
-
-    def _noted(self) -> Progress:
-        """The progress with the unreadable pictures that any process has met."""
-        return self.data.noted(self.progress)
+        return write_result(self.config, vae, report, evaluated)
 
     # ---- small facts
 
@@ -390,10 +392,6 @@ class Trainer:
     def _samples_per_step(self) -> int:
         config = self.config
         return config.batch_size * config.gradient_accumulation_steps * int(self.accelerator.num_processes)
-
-    @property
-    def _memory_format(self) -> torch.memory_format:
-        return torch.channels_last if self.config.model.channels_last else torch.contiguous_format
 
     def _best_vae(self) -> AutoencoderKL:
         """The weights that are validated and saved: averaged where there is an average."""

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 Layout = Literal["diffusers", "ldm", "webui"]
 
 _PREFIX = {"ldm": "first_stage_model.", "webui": ""}
-_OWN_FILES = ("config.json", "README.md", "diffusion_pytorch_model")
+_OWN_FILES = ("config.json", "README.md", "reconstructions.png", "diffusion_pytorch_model")
 
 
 def save_vae(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import sd_vae
 from sd_vae.cli.console import parse, print_json, print_table, say
+from sd_vae.cli.validating import evaluator_of
 from sd_vae.errors import UserError
 from sd_vae.files import read_json
 
@@ -77,7 +78,7 @@ def run(argv: list[str]) -> None:
     )
     from training import train
 
-    result = train(config)
+    result = train(config, evaluate=evaluator_of(config))
 
     say("3/5 opening the trained folder with plain diffusers")
     ours, plain, fast = _load(result.vae)

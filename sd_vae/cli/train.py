@@ -7,8 +7,10 @@ import dataclasses
 import logging
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from sd_vae.cli.console import parse, print_json, say
+from sd_vae.cli.validating import evaluator_of
 from sd_vae.errors import UserError
 from training.config import TrainConfig, load_recipe
 
@@ -58,17 +60,19 @@ def run(argv: list[str]) -> None:
     for library in ("httpx", "datasets", "accelerate", "fsspec"):
         logging.getLogger(library).setLevel(logging.WARNING)
 
+    from training.run_folder import unfinished
     from training.trainer import resume, train
 
     if args.resume:
-        result = resume(args.resume)
+        result = resume(args.resume, evaluate=evaluator_of(unfinished(Path(args.resume))))
     else:
         config = TrainConfig(**{name: getattr(args, name) for name in fields})
+        config.require_complete()
         if args.find_batch_size:
             from training.batch_size import find_batch_size
 
             config = find_batch_size(config, overwrite=args.overwrite)
-        result = train(config, overwrite=args.overwrite)
+        result = train(config, overwrite=args.overwrite, evaluate=evaluator_of(config))
     if not result.report:
         return  # not the main process
     if args.json:

@@ -15,7 +15,7 @@ from torch import nn
 from sd_vae.checkpoints.formats import open_weights
 from sd_vae.errors import UserError
 
-__all__ = ["BACKBONES", "Backbone", "find_backbone", "load_backbone_"]
+__all__ = ["BACKBONES", "Backbone", "find_backbone", "load_backbone_", "place_in_cache"]
 
 MAX_LISTED = 6
 """Tensors named in an error."""
@@ -108,10 +108,14 @@ def load_backbone_(net: nn.Module, file: Path) -> None:
         )
 
 
+def place_in_cache(net: str) -> Path:
+    """Return where the torch hub cache keeps the checkpoint of vgg, alex or squeeze, whether it is there or not."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / BACKBONES[net].file_name
+
+
 def _find_in_cache(net: str) -> Path:
     """The checkpoint in the torch hub cache, downloaded if it is not there."""
-    backbone = BACKBONES[net]
-    file = Path(torch.hub.get_dir()) / "checkpoints" / backbone.file_name
+    backbone, file = BACKBONES[net], place_in_cache(net)
     if file.is_file():
         return file
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:

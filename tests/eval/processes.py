@@ -1,0 +1,108 @@
+"""Run by torchrun and imported by the test beside it: one evaluation with every metric, in its share of the processes."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import skimage.data
+import torch
+from PIL import Image
+
+from eval import features
+from eval.deeper import Deeper
+from eval.evaluator import evaluate
+from eval.protocols import IMAGE_METRICS, SET_METRICS, get_protocol
+from eval.validation import Validator
+from sd_vae.autoencoder import AutoencoderKL
+from sd_vae.files import finite
+from sd_vae.latents.processes import Processes, joined_processes
+from sd_vae.losses.backbones import place_in_cache
+
+TINY: dict[str, Any] = {
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "norm_num_groups": 4,
+    "sample_size": 32,
+}
+
+
+class Colours(features.Features):
+    """Stands in for Inception, whose 2048 features take half a minute of linear algebra."""
+
+    name, num_features, sha256 = "inception", 3, "0" * 64
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return the mean colour (B, 3) of bytes (B, 3, H, W)."""
+        return pixels.float().mean(dim=(2, 3))
+
+
+class Photos:
+    """Five crops of the astronaut, and a file that is no picture, by number."""
+
+    spec = "photos"
+
+    def __len__(self) -> int:
+        """Return the number of photos."""
+        return 5
+
+    def load(self, index: int) -> Image.Image:
+        """Return a photo."""
+        return Image.fromarray(np.ascontiguousarray(skimage.data.astronaut()[60 * index : 60 * index + 180, 90:286]))
+
+    def name(self, index: int) -> str:
+        """Return its name."""
+        return f"photo-{index}.png"
+
+
+def write_backbones(cache: Path) -> None:
+    """Write random weights of LPIPS' three networks where torch's hub cache has them, under `cache`."""
+    from torchvision import models
+
+    torch.hub.set_dir(str(cache))
+    builders = {"vgg": models.vgg16, "alex": models.alexnet, "squeeze": models.squeezenet1_1}
+    for net, build in builders.items():
+        torch.manual_seed(0)
+        file = place_in_cache(net)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(build(weights=None).features.state_dict(), file.with_name(f"{net}.pth"))
+
+
+def run(processes: Processes, cache: Path) -> dict[str, Any]:
+    """Return everything that an evaluation and a validation of a tiny VAE find."""
+    torch.set_num_threads(1)
+    build = features.build_features
+    features.build_features = lambda net, file=None: Colours() if net == "inception" else build(net, file)
+    torch.manual_seed(0)
+    vae = AutoencoderKL(**TINY).eval()
+    weights = {net: str(cache / "checkpoints" / f"{net}.pth") for net in ("vgg", "alex", "squeeze")}
+    photos = Photos()
+    named = {photos.name(index): photos.load(index) for index in range(5)}
+    found = evaluate(
+        {"ours": vae},
+        named,
+        protocol=get_protocol("native", metrics=[*IMAGE_METRICS, *SET_METRICS]),
+        weights=weights,
+        codecs=("JPEG",),
+        box_blocks=(8,),
+        deeper=Deeper(round_trips=2, tiling=True),
+        worst=2,
+        processes=processes,
+    )
+    validated = Validator("native", size=64, weights=weights)(vae, photos, processes=processes)
+    features.build_features = build
+    return {
+        "evaluation": finite(found.to_dict()),
+        "pictures": list(found.pictures),
+        "validation": finite(dict(validated.values)),
+        "card": validated.card,
+    }
+
+
+if __name__ == "__main__":
+    with joined_processes() as joined:
+        assert joined.count == 2, f"{joined.count} processes, not 2"
+        result = run(joined, Path(sys.argv[1]))
+        Path(sys.argv[1], f"rank{joined.rank}.json").write_text(json.dumps(result))
