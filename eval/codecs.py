@@ -11,10 +11,13 @@ from PIL import Image
 
 from sd_vae.errors import UserError
 
-__all__ = ["BITS_PER_VALUE", "CODECS", "Coded", "compress"]
+__all__ = ["BITS_PER_VALUE", "CODECS", "EQUAL_BITS", "Coded", "compress", "encode"]
 
 BITS_PER_VALUE = 16
 """What a latent value counts as, as it is stored: float16."""
+
+EQUAL_BITS = " at equal bits"
+"""Behind a codec's name: the row of what it makes of the bits that the first VAE spends."""
 
 CODECS: dict[str, tuple[Literal["JPEG", "WEBP"], dict[str, int | bool]]] = {
     "JPEG": ("JPEG", {"optimize": True}),
@@ -46,22 +49,39 @@ def compress(picture: Image.Image, codec: str, num_bits: float) -> Coded:
     Raises:
         UserError: No such codec.
     """
-    if codec not in CODECS:
-        raise UserError(f"unknown codec {codec!r}; choose one of: {', '.join(CODECS)}.")
-    kind, options = CODECS[codec]
     files: dict[int, bytes] = {}
 
     def size(quality: int) -> int:
         if quality not in files:
-            buffer = io.BytesIO()
-            picture.save(buffer, kind, quality=quality, **options)
-            files[quality] = buffer.getvalue()
+            files[quality] = _file(picture, codec, quality)
         return len(files[quality])
 
     above = _first(lambda quality: 8 * size(quality) > num_bits)
     quality = min({max(above - 1, 0), above}, key=lambda quality: abs(8 * size(quality) - num_bits))
-    with Image.open(io.BytesIO(files[quality])) as opened:
-        return Coded(opened.convert("RGB"), len(files[quality]), quality)
+    return _coded(files[quality], quality)
+
+
+def encode(picture: Image.Image, codec: str, quality: int) -> Coded:
+    """Return a picture coded in a quality, 0 to 100.
+
+    Raises:
+        UserError: No such codec.
+    """
+    return _coded(_file(picture, codec, quality), quality)
+
+
+def _file(picture: Image.Image, codec: str, quality: int) -> bytes:
+    if codec not in CODECS:
+        raise UserError(f"unknown codec {codec!r}; choose one of: {', '.join(CODECS)}.")
+    kind, options = CODECS[codec]
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, quality=quality, **options)
+    return buffer.getvalue()
+
+
+def _coded(file: bytes, quality: int) -> Coded:
+    with Image.open(io.BytesIO(file)) as opened:
+        return Coded(opened.convert("RGB"), len(file), quality)
 
 
 def _first(is_above: Callable[[int], bool]) -> int:

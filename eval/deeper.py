@@ -23,6 +23,7 @@ from .models import decode, encode, require_autoencoder
 from .photos import fit_photo
 from .probes import Findings, Probe, Trial
 from .protocols import Protocol
+from .rates import Rates
 from .regions import Regions
 from .results import Check, Plot
 from .roundtrip import padded
@@ -224,6 +225,8 @@ class Deeper:
     """Half precisions to try on the first model."""
     tiling: bool = False
     """Try the first model with tiling."""
+    rates: tuple[str, ...] = ()
+    """Codecs to draw over the rate, in several qualities."""
 
     def probes(self, vaes: Mapping[str, Any], protocol: Protocol, measures: Measures) -> list[Probe]:
         """Return what is asked as probes; marked parts of photos are always measured.
@@ -240,6 +243,8 @@ class Deeper:
         found += [DtypeCheck(name, first, protocol, dtype) for dtype in self.dtypes]
         if self.tiling:
             found.append(TilingCheck(name, first))
+        if self.rates:
+            found.append(Rates(self.rates, measures))
         return found
 
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sd_vae.errors import UserError
+from sd_vae.errors import UnreachableError, UserError
 from sd_vae.latents.processes import Processes
 
 from .deeper import Deeper
@@ -87,6 +87,7 @@ def evaluate(
     Raises:
         UserError: No models or photos, a model that is not for RGB, two rows of one name, an unknown protocol or
             metric, missing weights of a metric, or no photo that can be evaluated.
+        UnreachableError: The network does not bring a photo: what is there is not judged without it.
     """
     processes = processes or Processes()
     chosen = get_protocol(protocol, size=size, metrics=metrics)
@@ -116,6 +117,8 @@ def evaluate(
                 original = read_photo(photo)
                 x = fit_photo(original, chosen.size, chosen.resize_filter)
                 measures.require_size(x)
+            except UnreachableError:
+                raise
             except UserError as error:
                 if strict:
                     raise UserError(f"{photo.name}: {error}") from error

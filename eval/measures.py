@@ -139,8 +139,8 @@ def build_measures(
             raise UserError(f"two metrics are called {perceptual.name}; leave one of them out.")
         functions[perceptual.name] = _distance(perceptual)
         table[perceptual.name] = METRICS.get(perceptual.name) or perceptual_metric(perceptual.name)
-        if table[perceptual.name].higher_is_better is not False:  # as the loss called ms_ssim, which is a distance
-            table[perceptual.name] = perceptual_metric(perceptual.name)
+        if table[perceptual.name].higher_is_better is not False:
+            raise UserError(f"a distance is called {perceptual.name}, which is a metric of another kind; rename it.")
     return Measures(functions, table, features, stamp)
 
 

@@ -85,7 +85,8 @@ class Metric:
             return "–"
         if math.isinf(value):
             return "∞" if value > 0 else "−∞"
-        return f"{value:.{self.digits}f}".replace("-", "−")
+        text = f"{value:.{self.digits}f}"
+        return text.removeprefix("-") if float(text) == 0.0 else text.replace("-", "−")
 
 
 def perceptual_metric(name: str) -> Metric:

@@ -8,7 +8,6 @@ Shapes: B batch, C latent channels, H W pixels, h w latent cells.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from sd_vae.errors import UserError
 from sd_vae.files import read_json
+from sd_vae.latents.fingerprint import tensors_fingerprint
 
 if TYPE_CHECKING:
     from sd_vae._diffusers import DiagonalGaussianDistribution
@@ -172,13 +172,8 @@ def display_name(path: str) -> str:
 
 
 def weights_fingerprint(vae: torch.nn.Module) -> str:
-    """Return the sha256 of a model's weights: name, dtype, shape and little-endian numbers of every tensor, by name."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(vae.state_dict().items()):
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        digest.update(f"{name} {dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    """Return the sha256 of a model's weights, as `sd_vae.latents.fingerprint.tensors_fingerprint` takes it."""
+    return tensors_fingerprint(vae.state_dict())
 
 
 def _class_name(vae: object) -> str:

@@ -104,6 +104,7 @@ def render(
         latent_metrics=list(
             dict.fromkeys(name for row in evaluation.rows if row.latents for name in row.latents.values())
         ),
+        region_metrics=list(dict.fromkeys(name for region in evaluation.regions for name in region.means)),
         min_photos=MIN_PHOTOS,
         verdicts=list(_verdicts(evaluation)),
         signed=_signed,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .codecs import EQUAL_BITS
 from .curves import BOTTOM, HEIGHT, LEFT, LOG_RATIO, RIGHT, TOP, WIDTH, Axis, Tick
 from .metrics import Metric
 from .results import Evaluation, Interval, Plot
@@ -132,10 +133,11 @@ def chart(plot: Plot, metric: Metric, evaluation: Evaluation) -> Chart:
         is_whole=all(x.is_integer() for x, _ in every),
     )
     up = Axis(low=y_low - room, high=y_high + room, start=HEIGHT - BOTTOM, end=TOP)
-    order = [row.name for row in evaluation.rows]
+    order = [row.name.removesuffix(EQUAL_BITS) for row in evaluation.rows]
     lines = []
     for number, (name, points) in enumerate(finite.items()):
-        colour = order.index(name) if name in order else len(order) + number
+        row = name.removesuffix(EQUAL_BITS)  # a codec's curve has the colour of its row
+        colour = order.index(row) if row in order else len(order) + number
         places = list(zip(across.place(_column(points, 0)), up.place(_column(points, 1)), strict=True))
         lines.append(
             Line(

@@ -27,15 +27,15 @@ from .measures import Measures
 from .metrics import MIN_SIZE
 from .photos import Photo, place
 from .probes import Findings, Trial
-from .results import Region
+from .results import Interval, Region
 
 __all__ = ["Box", "Regions", "boxes_of"]
 
 Box = tuple[int, int, int, int]
 """Left, top, right, bottom in pixels, right and bottom outside."""
 
-PLAIN = ("psnr_db", "ssim", "l1", "ciede2000")
-"""Metrics that mean something on a few pixels, without networks."""
+FITTING = ("psnr_db", "ssim", "l1", "ciede2000", "lpips_vgg", "lpips_alex", "lpips_squeeze")
+"""Metrics that mean something on a part of a photo, each on the boxes that are large enough for it."""
 
 COLUMNS = ("box", "boxes", "mask")
 """Columns that mark parts of a photo."""
@@ -45,14 +45,14 @@ class Regions:
     """Metrics of marked parts, by label.
 
     Args:
-        measures: What is measured; of its metrics those that fit into small pictures are taken, without networks.
+        measures: What is measured; of its metrics those that mean something on a part of a photo.
         size: The protocol's size, to which boxes are scaled with their photo.
     """
 
     def __init__(self, measures: Measures, size: int | None) -> None:
-        self._measures = {name: function for name, function in measures.functions.items() if name in PLAIN}
+        self._measures = {name: function for name, function in measures.functions.items() if name in FITTING}
         self._size = size
-        self._min_side = max((MIN_SIZE.get(name, 1) for name in self._measures), default=1)
+        self._min_side = min((MIN_SIZE.get(name, 1) for name in self._measures), default=1)
 
     def __call__(self, trial: Trial) -> Mapping[str, float]:
         """Return sums over one photo's boxes, by label, row and metric.
@@ -68,8 +68,10 @@ class Regions:
                 continue
             found[f"{label}\n\nnumber"] += 1
             x = trial.x.crop(scaled)
-            for row, recon in trial.recons.items():
-                for name, measure in self._measures.items():
+            fitting = {name: it for name, it in self._measures.items() if min(x.size) >= MIN_SIZE.get(name, 1)}
+            for name, measure in fitting.items():
+                found[f"{label}\n\n{name}"] += 1
+                for row, recon in trial.recons.items():
                     found[f"{label}\n{row}\n{name}"] += measure(recon.crop(scaled), x)
         return found
 
@@ -79,24 +81,21 @@ class Regions:
         labels = sorted({key.split("\n")[0] for key in keys})
         regions = []
         for label in labels:
-            photos = [one for one in found if one.get(f"{label}\n\nnumber")]
-            photos.sort(key=lambda one: sorted(one.items()))  # whatever order they came in
             rows = dict.fromkeys(key.split("\n")[1] for key in keys if key.startswith(f"{label}\n"))
-            for row in filter(None, rows):
-                # A photo counts by the mean over its boxes: boxes of one photo are no independent evidence.
-                columns = {
-                    name: [one[f"{label}\n{row}\n{name}"] / one[f"{label}\n\nnumber"] for one in photos]
-                    for name in self._measures
-                }
-                regions.append(
-                    Region(
-                        label=label,
-                        row=row,
-                        num_regions=_total(found, f"{label}\n\nnumber"),
-                        num_left_out=_total(found, f"{label}\n\nleft out"),
-                        means=Bootstrap([f"{index:09}" for index in range(len(photos))]).intervals(columns),
-                    )
+            regions += [
+                Region(
+                    label=label,
+                    row=row,
+                    num_regions=_total(found, f"{label}\n\nnumber"),
+                    num_left_out=_total(found, f"{label}\n\nleft out"),
+                    means={
+                        name: interval
+                        for name in self._measures
+                        for interval in _interval(found, f"{label}\n{row}\n{name}", f"{label}\n\n{name}")
+                    },
                 )
+                for row in filter(None, rows)
+            ]
         return Findings(regions=tuple(regions))
 
     def _scaled(self, box: Box, original: tuple[int, int]) -> Box | None:
@@ -179,6 +178,16 @@ def _box_of_mask(photo: Photo, mask: Any, size: tuple[int, int]) -> Iterator[Box
     rows, columns = np.nonzero(np.asarray(picture) >= 128)
     if len(rows):
         yield int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1
+
+
+def _interval(found: Sequence[Mapping[str, float]], values: str, number: str) -> Iterator[Interval]:
+    """Yield the mean over photos of what was summed over their boxes; nothing where no box was large enough.
+
+    A photo counts by the mean over its boxes: boxes of one photo are no independent evidence.
+    """
+    column = sorted(one[values] / one[number] for one in found if one.get(number))  # whatever order they came in
+    if column:
+        yield Bootstrap([f"{index:09}" for index in range(len(column))]).intervals({"it": column})["it"]
 
 
 def _total(found: Sequence[Mapping[str, float]], key: str) -> int:

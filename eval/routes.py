@@ -18,7 +18,7 @@ from torch import Tensor
 from sd_vae.errors import UserError
 
 from .baselines import box_average
-from .codecs import BITS_PER_VALUE, compress
+from .codecs import BITS_PER_VALUE, EQUAL_BITS, compress
 from .latent_stats import LatentSums
 from .models import weights_fingerprint
 from .protocols import Protocol as EvaluationProtocol
@@ -121,7 +121,7 @@ class CodecRoute:
 
     def __init__(self, codec: str) -> None:
         self.codec = codec
-        self.name = f"{codec} at equal bits"
+        self.name = codec + EQUAL_BITS
 
     def __call__(self, x: Image.Image, photo: str, num_bits: float | None) -> Passed:
         """Return the picture through the codec and back.

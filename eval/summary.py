@@ -6,11 +6,13 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 
+from .codecs import EQUAL_BITS
 from .compare import RESAMPLES, Bootstrap
 from .latent_stats import LatentStats
 from .measures import Measures
 from .probes import Probe
 from .protocols import Protocol
+from .rates import RATE, rate_metrics
 from .results import Comparison, Evaluation, PhotoResult, Plot, Row, Speed, photo_means
 from .routes import Route
 from .shares import Share
@@ -53,7 +55,7 @@ def summarise(
         speed=_speeds(routes, found),
         protocol=stamp,
         comparisons=tuple(_comparisons(rows, columns, measures, bootstrap)),
-        plots=(*_rates(rows, measures), *(plot for one in findings for plot in one.plots)),
+        plots=_plots(rows, measures, [plot for one in findings for plot in one.plots]),
         checks=tuple(check for one in findings for check in one.checks),
         regions=tuple(region for one in findings for region in one.regions),
         rejects=tuple(found.rejects),
@@ -109,21 +111,26 @@ def _comparisons(
     ]
 
 
-def _rates(rows: Sequence[Row], measures: Measures) -> list[Plot]:
-    """Quality over bits, where at least two rows say how many they took."""
+def _plots(rows: Sequence[Row], measures: Measures, found: Sequence[Plot]) -> tuple[Plot, ...]:
+    """Quality over bits, where at least two rows say how many they took, then everything else."""
+    curves = {plot.metric: plot.lines for plot in found if plot.title == RATE}
     spent = {row.name: row.bits_per_pixel for row in rows if row.bits_per_pixel is not None}
-    if len(spent) < 2:
-        return []
-    return [
+    rates = [
         Plot(
-            title="Rate",
+            title=RATE,
             x_label="bits per pixel",
             metric=name,
-            lines={row.name: ((spent[row.name], row.means[name]),) for row in rows if row.name in spent},
+            lines={
+                row.name: ((spent[row.name], row.means[name]),)
+                for row in rows
+                if row.name in spent and row.name.removesuffix(EQUAL_BITS) not in curves.get(name, ())
+            }
+            | dict(curves.get(name, {})),
         )
-        for name, metric in measures.table.items()
-        if metric.higher_is_better is not None and (name == "psnr_db" or name.startswith("lpips"))
+        for name in rate_metrics(measures)
+        if len(spent) > 1 or name in curves
     ]
+    return (*rates, *(plot for plot in found if plot.title != RATE))
 
 
 def _speeds(routes: Sequence[Route], found: Share) -> dict[str, Speed]:

@@ -10,7 +10,7 @@ __all__ = ["BEST_METRICS", "ReportConfig", "SpeedConfig"]
 NETS = ("lpips_vgg", "lpips_alex", "lpips_squeeze")
 
 BEST_METRICS = dict.fromkeys(("psnr_db", "ssim", "ms_ssim"), True) | dict.fromkeys(
-    (*NETS, "l1", "ciede2000", *(f"loss/{term}" for term in ("reconstruction", *NETS, "distilled", "ms_ssim_loss"))),
+    (*NETS, "l1", "ciede2000", *(f"loss/{term}" for term in ("reconstruction", *NETS, "distilled", "ms_dssim"))),
     False,
 )
 """Validation metrics that can choose the best weights, and whether more is better: those of an evaluation, and the

@@ -73,8 +73,8 @@ def run(argv: list[str]) -> None:
     perceptual = config.loss.perceptual
     say("2/5 training the mini preset from random weights")
     say(
-        f"  NOTE: the perceptual term is {perceptual.net} (multi-scale SSIM), not LPIPS, whose network is a download; "
-        "real recipes use LPIPS"
+        f"  NOTE: the perceptual term is {perceptual.net} (multi-scale structural dissimilarity), not LPIPS, whose network "
+        "is a download; real recipes use LPIPS"
     )
     from training import train
 
@@ -222,7 +222,7 @@ def _evaluate_and_report(
         {"trained": ours, "untrained": initial_vae(config)},
         held_out,
         size=SIZE,
-        perceptual=build_perceptual(PerceptualConfig(net="ms_ssim")),
+        perceptual=build_perceptual(PerceptualConfig(net="ms_dssim")),
         box_blocks=(32, 16),
     )
     zeros = zero_latents_psnr_db(ours, held_out, size=SIZE)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 import sd_vae
-from sd_vae.cli.console import parse, print_json, print_table, say
+from sd_vae.cli.console import print_json, print_table, say
+from sd_vae.cli.default_vae import parse_with_vae
 from sd_vae.errors import UserError
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ class Args:
     """Try VAE in bfloat16 and float16 beside float32."""
     tiling_check: bool = False
     """Try VAE with tiling beside without."""
+    rates: bool = False
+    """Draw the codecs over the rate too, in five qualities, beside VAEs as points."""
     worst: int = 6
     """How many of the worst photos to show."""
     strict: bool = False
@@ -83,7 +86,7 @@ def run(argv: list[str]) -> None:
     Raises:
         UserError: Whatever is wrong with the arguments, the VAEs or the data.
     """
-    args = parse(Args, argv, command="eval")
+    args = parse_with_vae(Args, argv, command="eval")
 
     from sd_vae.latents.processes import joined_processes
 
@@ -119,6 +122,7 @@ def _evaluate(args: Args, processes: Processes) -> None:
                 sizes=args.sizes,
                 dtypes=("bfloat16", "float16") if args.dtype_check else (),
                 tiling=args.tiling_check,
+                rates=args.codecs if args.rates else (),
             ),
             strict=args.strict,
             worst=args.worst,

@@ -53,7 +53,7 @@ class Args:
     strength: float = 1.0
     """How far to either side, in differences between the two groups that gave the direction."""
     net: DistanceNet | None = None
-    """What measures the distance of neighbours: LPIPS on alex, squeeze or vgg, ms_ssim, or none. By default alex, and
+    """What measures the distance of neighbours: LPIPS on alex, squeeze or vgg, ms_dssim, or none. By default alex, and
     none where its weights are missing."""
     weights: str | None = None
     """File with the torchvision weights of that network; by default the torch hub cache."""
@@ -134,7 +134,7 @@ def _require_sense(args: Args) -> None:
     if args.direction is None and len(args.ends) < 2:
         raise UserError("one picture is given, and a line has two ends; give another, or a --direction.")
     if args.path == "geodesic" and args.net == "none":
-        raise UserError("--path is geodesic and --net none, which measures nothing; choose alex or ms_ssim.")
+        raise UserError("--path is geodesic and --net none, which measures nothing; choose alex or ms_dssim.")
 
 
 def _distance(args: Args, device: str) -> Perceptual | None:

@@ -47,7 +47,7 @@ class Args:
     """Where to compute: cpu, cuda, cuda:1, mps; auto takes an accelerator where there is one."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """What to compute in."""
-    perceptual_net: Literal["none", "ms_ssim", "alex", "squeeze", "vgg"] = "none"
+    perceptual_net: Literal["none", "ms_dssim", "alex", "squeeze", "vgg"] = "none"
     """Measure a perceptual distance too: multi-scale SSIM, or LPIPS on that network."""
     perceptual_backbone: str | None = None
     """File with the torchvision weights of the LPIPS network; by default the torch hub cache."""

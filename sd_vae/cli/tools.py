@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DistanceNet", "best_device", "load_distance", "picture_progress", "require_at_least"]
 
-DistanceNet = Literal["alex", "squeeze", "vgg", "ms_ssim", "none"]
+DistanceNet = Literal["alex", "squeeze", "vgg", "ms_dssim", "none"]
 """What may measure a perceptual distance: LPIPS on a network, multi-scale SSIM, which needs no weights, or nothing."""
 
 
@@ -39,7 +39,7 @@ def load_distance(net: DistanceNet, weights: str | None, device: str) -> Percept
     Raises:
         UserError: The weights are missing or not what they should be, or go with no network.
     """
-    if weights is not None and net in ("ms_ssim", "none"):
+    if weights is not None and net in ("ms_dssim", "none"):
         raise UserError(f"--weights is {weights} but --net is {net}; say whose weights they are: alex, squeeze or vgg.")
     if net == "none":
         return None

@@ -16,7 +16,7 @@ from sd_vae.latents.format import Numerics
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["decoder_fingerprint", "encoder_fingerprint", "numerics_of"]
+__all__ = ["decoder_fingerprint", "encoder_fingerprint", "numerics_of", "tensors_fingerprint"]
 
 _LIBRARIES = ("sd-vae", "torch", "numpy", "pillow", "pyarrow", "safetensors")
 """Libraries whose version may change a byte of a store: they decode, compute or write."""
@@ -49,8 +49,6 @@ def decoder_fingerprint(vae: torch.nn.Module) -> str:
 
 def _digest(vae: torch.nn.Module, prefixes: tuple[str, ...], *, as_float32: bool = False) -> str:
     """The sha256 over the tensors whose names begin so."""
-    import torch
-
     tensors = {
         name: tensor
         for name, tensor in vae.state_dict().items()
@@ -59,11 +57,24 @@ def _digest(vae: torch.nn.Module, prefixes: tuple[str, ...], *, as_float32: bool
     }
     if not tensors:
         raise UserError(f"a {type(vae).__name__} has no tensors named {prefixes[0]}*; pass an AutoencoderKL.")
+    return tensors_fingerprint({name: tensor.float() if as_float32 else tensor for name, tensor in tensors.items()})
+
+
+def tensors_fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Return the sha256 of named tensors, in hexadecimal.
+
+    In the order of their names: name, dtype, shape and the numbers in row-major order, little-endian. Neither the
+    device nor the memory layout counts.
+
+    Raises:
+        UserError: A tensor has no values.
+    """
+    import torch
+
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         if tensor.is_meta:
             raise UserError(f"{name} is on the meta device and has no values; load the weights first.")
-        tensor = tensor.float() if as_float32 else tensor
         dtype = str(tensor.dtype).removeprefix("torch.")
         digest.update(f"{name} {dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

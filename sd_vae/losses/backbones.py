@@ -136,7 +136,7 @@ def _missing(net: str, file: Path, why: str) -> UserError:
     return UserError(
         f"LPIPS {net} needs torchvision's {backbone.file_name} (sha256 {backbone.sha256}), which is not in "
         f"{file.parent}, and {why}; copy it there, or set perceptual.backbone to a copy of it (features only will do), "
-        "or run once where the internet can be reached. perceptual.net ms_ssim needs no file."
+        "or run once where the internet can be reached. perceptual.net ms_dssim needs no file."
     )
 
 

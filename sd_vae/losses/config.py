@@ -21,9 +21,9 @@ class PerceptualConfig:
 
     __pydantic_config__ = STRICT
 
-    net: Literal["vgg", "alex", "squeeze", "distilled", "ms_ssim"] = "vgg"
+    net: Literal["vgg", "alex", "squeeze", "distilled", "ms_dssim"] = "vgg"
     """LPIPS v0.1 on that network (published SD recipes use vgg); distilled, a small network of this project that was
-    taught by LPIPS; or ms_ssim, which needs no weights."""
+    taught by LPIPS; or ms_dssim, structural dissimilarity over three scales, which needs no weights."""
     weight: float = 1.0
     """Factor beside the mean pixel term: 1 is Stable Diffusion's, 0.1 that of ft-MSE; 0 builds no network."""
     backbone: str | None = None
@@ -38,9 +38,11 @@ class PerceptualConfig:
             UserError: Lists every rule that is broken, with its values.
         """
         problems = _weight_problems("perceptual.weight", self.weight)
-        if self.net == "ms_ssim" and self.backbone is not None:
+        if str(self.net) == "ms_ssim":
+            problems.append("perceptual.net is ms_ssim, which is the name of a metric; this loss is called ms_dssim")
+        if self.net == "ms_dssim" and self.backbone is not None:
             problems.append(
-                f"perceptual.backbone is {self.backbone!r} but perceptual.net is ms_ssim, which has no network; "
+                f"perceptual.backbone is {self.backbone!r} but perceptual.net is ms_dssim, which has no network; "
                 "leave the backbone out, or choose vgg, alex, squeeze or distilled"
             )
         if self.backbone == "":

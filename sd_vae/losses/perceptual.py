@@ -1,4 +1,4 @@
-"""Perceptual distances between a reconstruction and its image: LPIPS, and multi-scale SSIM where no network is at hand.
+"""Perceptual distances between a reconstruction and its image: LPIPS, and multi-scale DSSIM where no network is there.
 
 Shapes: B batch, D feature channels, H W pixels, h w cells of a feature map.
 
@@ -20,7 +20,7 @@ from sd_vae.losses.backbones import find_backbone, load_backbone_
 from sd_vae.losses.config import PerceptualConfig
 from sd_vae.losses.reconstruction import require_same_shape
 
-__all__ = ["LPIPS", "MultiScaleSSIM", "Perceptual", "build_perceptual"]
+__all__ = ["LPIPS", "MultiScaleDSSIM", "Perceptual", "build_perceptual"]
 
 MIN_LPIPS_SIZE = {"vgg": 16, "alex": 31, "squeeze": 17}
 """Pixels below which a network's last feature map is empty."""
@@ -39,8 +39,8 @@ def build_perceptual(config: PerceptualConfig) -> Perceptual | None:
     """
     if config.weight == 0:
         return None
-    if config.net == "ms_ssim":
-        return MultiScaleSSIM()
+    if config.net == "ms_dssim":
+        return MultiScaleDSSIM()
     if config.net == "distilled":
         from sd_vae.losses.distilled import Distilled  # it is built on this module
 
@@ -141,18 +141,19 @@ class LPIPS(Perceptual):
         return [normalize_tensor(features) for features in self.model.net(self.model.scaling_layer(x))]
 
 
-class MultiScaleSSIM(Perceptual):
-    """1 - MS-SSIM as a loss: over three scales, so that 64x64 crops can be compared, and never without a gradient.
+class MultiScaleDSSIM(Perceptual):
+    """Structural dissimilarity over three scales: 64x64 crops can be compared, and there is always a gradient.
 
     1 - product over scales j of ((1 + s_j) / 2)^beta_j, on data range 2; s_j in [-1, 1] is the similarity of structure,
     at the coarsest scale times that of brightness, and beta_j are the exponents of the three finest scales of Wang et
-    al., scaled to sum 1. The metric has s_j^beta_j, cut off at 0: for an untrained network, whose output resembles
-    nothing, its gradient is 0. The values are therefore a loss's and are not comparable with the metric's.
+    al., scaled to sum 1. The metric MS-SSIM has s_j^beta_j, cut off at 0: for an untrained network, whose output
+    resembles nothing, its gradient is 0. The values are therefore a loss's, neither comparable with the metric's nor
+    called like them.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.name = "ms_ssim"
+        self.name = "ms_dssim"
         self.min_size = MIN_MS_SSIM_SIZE
         self.eval()
 

@@ -12,7 +12,7 @@ import pytest
 from sd_vae.cli import main
 
 TRAIN = "train --config r.yaml --out o"
-MSSSIM = f"{TRAIN} --loss.perceptual.weight 1 --loss.perceptual.net ms_ssim"
+MSSSIM = f"{TRAIN} --loss.perceptual.weight 1 --loss.perceptual.net ms_dssim"
 VGG = f"{TRAIN} --data.size 64 --loss.perceptual.weight 1 --loss.perceptual.net vgg"
 
 BAD = [
@@ -71,7 +71,7 @@ BAD = [
     (f"{TRAIN} --model.pretrained empty", "empty holds neither config.json nor a vae folder"),
     (f"{TRAIN} --model.pretrained note.txt", "note.txt is not a checkpoint"),
     (f"{TRAIN} --model.pretrained nan", "not finite in 1 tensors: quant_conv.bias"),
-    (MSSSIM, "ms_ssim needs images of at least 44x44 pixels, these are 16x16"),
+    (MSSSIM, "ms_dssim needs images of at least 44x44 pixels, these are 16x16"),
     (VGG, "HF_HUB_OFFLINE forbids to download it; copy it there, or set perceptual.backbone"),
     (f"{VGG} --loss.perceptual.backbone nope.pth", "there is no LPIPS backbone nope.pth"),
     # output

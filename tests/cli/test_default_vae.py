@@ -33,6 +33,7 @@ def shipped(place: Path, tiny_vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatc
         "reconstruct photos mixed/1.png --out o --json",
         "encode photos --out o --size 16 --workers 0 --json",
         "inspect --json",
+        "eval photos --out o --metrics psnr_db --codecs --device cpu --json",
     ],
 )
 def test_a_vae_that_is_left_out_is_the_shipped_one(

@@ -73,11 +73,11 @@ def test_reconstruct_prints_every_picture_and_the_mean(vae_folder, pictures, tmp
 
 
 def test_reconstruct_measures_a_perceptual_term_by_its_name(vae_folder, pictures, tmp_path, capsys):
-    options = ["--perceptual-net", "ms_ssim", "--size", 64, "--json"]
+    options = ["--perceptual-net", "ms_dssim", "--size", 64, "--json"]
 
     reconstruct(vae_folder, pictures, "--out", tmp_path / "out", *options)
 
-    assert "ms_ssim" in json.loads(capsys.readouterr().out)["evaluation"]["rows"][0]["means"]
+    assert "ms_dssim" in json.loads(capsys.readouterr().out)["evaluation"]["rows"][0]["means"]
 
 
 def test_reconstruct_replaces_an_earlier_one_only_when_told(vae_folder, pictures, tmp_path):

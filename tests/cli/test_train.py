@@ -146,3 +146,51 @@ def test_train_help_lists_the_fields_without_torch() -> None:
     assert all(name in done.stdout for name in ("--optim.lr", "--data.train", "--loss.perceptual.net", "--resume"))
     # 0.3 s on an idle machine; a machine that does five other things may take ten times as long
     assert time.perf_counter() - started < 3
+
+
+VALIDATED = [*TRAIN, "--data.validation", "photos", "--num-validation-images", "3"]
+
+
+def test_train_validates_as_eval_evaluates(place: Path) -> None:
+    assert main([*VALIDATED, "--ema-decay", "0.9"]) == 0
+
+    rows = [json.loads(line) for line in Path("o/metrics.jsonl").read_text().splitlines()]
+    last = [row for row in rows if "validation/psnr_db" in row][-1]
+    assert [row["step"] for row in rows if "validation/psnr_db" in row] == [2, 3]
+    Path("three").mkdir()
+    for index in range(3):
+        Path(f"three/{index}.png").write_bytes(Path(f"photos/{index}.png").read_bytes())
+    metrics = ["--metrics", "psnr_db", "ssim", "l1"]
+    assert main(["eval", "o/vae", "three", "--out", "e", "--size", "16", "--device", "cpu", *metrics]) == 0
+    means = json.loads(Path("e/report.json").read_text())["evaluation"]["rows"][0]["means"]
+    assert {name: last[f"validation/{name}"] for name in means} == means
+
+
+def test_train_ends_with_a_report_and_a_card_that_has_it(place: Path) -> None:
+    main([*VALIDATED, "--report.best-metric", "ssim"])
+
+    report = json.loads(Path("o/evaluation/report.json").read_text())
+    card = Path("o/vae/README.md").read_text()
+    psnr = report["evaluation"]["rows"][0]["means"]["psnr_db"]
+    assert Path("o/evaluation/report.html").is_file()
+    assert "3 validation photos by protocol `native at 16`, version 1" in card
+    assert f"| PSNR (dB) ↑ | {psnr:.2f} [" in card
+    assert "![photos and their reconstructions](reconstructions.png)" in card
+    assert Path("o/vae/reconstructions.png").is_file()
+    assert Path("o/best/config.json").is_file()
+    # all of it is the run's own: it is replaced
+    assert main([*VALIDATED, "--overwrite"]) == 0
+
+
+def test_train_resumed_measures_too(place: Path) -> None:
+    main(VALIDATED)
+    Path("o/report.json").unlink()
+
+    assert main(["train", "--resume", "o"]) == 0
+    assert json.loads(Path("o/report.json").read_text())["validation"]["psnr_db"] > 0
+
+
+def test_train_refuses_an_unknown_protocol_before_it_begins(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*VALIDATED, "--report.protocol", "mine"]) == 2
+    assert "unknown protocol 'mine'; choose one of: pixels, native" in capsys.readouterr().err
+    assert not Path("o").exists()

@@ -1,4 +1,4 @@
-"""Run by torchrun and imported by the test beside it: one evaluation with every metric, in its share of the processes."""
+"""Run by torchrun and imported by the test beside it: one evaluation with every metric, by as many as there are."""
 
 import json
 import sys

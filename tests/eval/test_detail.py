@@ -29,7 +29,7 @@ def test_ciede2000_equals_scikit_image(photos, noisy):
 
     theirs = deltaE_ciede2000(rgb2lab(np.asarray(x)), rgb2lab(np.asarray(recon))).mean()
 
-    assert ciede2000(recon, x) == pytest.approx(theirs, abs=1e-6)  # worst seen 1e-15
+    assert ciede2000(recon, x) == pytest.approx(theirs, abs=1e-6)  # worst seen 2e-15, noise of seeds 0 to 9
 
 
 def test_colour_shift_sees_a_cast_and_hardly_noise(photos, noisy):

@@ -36,22 +36,22 @@ def test_frechet_distance_equals_torch_fidelity_on_equal_features(num, num_featu
 
     ours = frechet_distance(filled(one).gaussian(), filled(other).gaussian())
 
-    assert ours == pytest.approx(theirs(one, other), rel=1e-6)  # worst seen 3e-12
+    assert ours == pytest.approx(theirs(one, other), rel=1e-6)  # worst seen 4e-12, seeds 0 to 9
 
 
 def test_frechet_distance_of_fewer_pictures_than_features_is_torch_fidelitys():
     one, other = features_of(0, 24, 64), features_of(1, 24, 64)
 
-    # the covariances are singular, and their product's eigenvalues of rounding have square roots: worst seen 4e-6
+    # the covariances are singular, and their product's eigenvalues of rounding have square roots: worst seen 7e-9
     assert frechet_distance(filled(one).gaussian(), filled(other).gaussian()) == pytest.approx(
-        theirs(one, other), rel=1e-4
+        theirs(one, other), rel=1e-6
     )
 
 
 def test_frechet_distance_of_a_set_to_itself_is_zero():
     gaussian = filled(features_of(0)).gaussian()
 
-    assert frechet_distance(gaussian, gaussian) == pytest.approx(0.0, abs=1e-9)
+    assert frechet_distance(gaussian, gaussian) == pytest.approx(0.0, abs=1e-9)  # worst seen 4e-14, seeds 0 to 9
 
 
 def test_gaussian_does_not_depend_on_how_features_arrive():

@@ -28,7 +28,7 @@ def test_psnr_equals_scikit_image(photos, noisy):
 
         theirs = peak_signal_noise_ratio(np.asarray(x), np.asarray(recon), data_range=255)
 
-        # worst seen 0: both are float64 means of squares
+        # worst seen 4e-15, noise of seeds 0 to 9: both are float64 means of squares
         assert psnr_db(recon, x) == pytest.approx(theirs, abs=1e-9)
 
 
@@ -46,7 +46,7 @@ def test_ssim_equals_scikit_image_on_8_bit_arrays(photos, noisy):
             use_sample_covariance=False,
         )
 
-        assert ssim(recon, x) == pytest.approx(theirs, abs=1e-6)
+        assert ssim(recon, x) == pytest.approx(theirs, abs=1e-6)  # worst seen 0, noise of seeds 0 to 9
 
 
 def test_ssim_equals_torchmetrics_away_from_the_border(photos, noisy):
@@ -56,7 +56,7 @@ def test_ssim_equals_torchmetrics_away_from_the_border(photos, noisy):
 
         _, theirs = structural_similarity_index_measure(a, b, data_range=255.0, sigma=1.5, return_full_image=True)
 
-        # worst seen 1e-13; torchmetrics' own mean includes the mirrored border and is off by 2e-2
+        # worst seen 2e-15, noise of seeds 0 to 9; torchmetrics' own mean has the mirrored border: off by up to 7e-2
         assert ssim(recon, x) == pytest.approx(float(theirs[..., 5:-5, 5:-5].mean()), abs=1e-6)
 
 
@@ -86,9 +86,9 @@ def test_latent_sums_describe_z_and_not_only_its_mean():
     sums = LatentSums.of(posterior)
 
     samples = torch.stack([posterior.sample(torch.Generator().manual_seed(i)) for i in range(4000)]).double()
-    # worst seen 0.4% with 4000 draws; without the posterior's variance it is off by a factor
-    assert sums.z_squared == pytest.approx(samples.square().mean(0).sum(dim=(0, 2, 3)).tolist(), rel=0.02)
-    assert sum(sums.kl) == pytest.approx(float(posterior.kl()), rel=1e-5)
+    # worst seen 2.1% with 4000 draws, posteriors 0 to 4; without the posterior's variance it is off by up to 71%
+    assert sums.z_squared == pytest.approx(samples.square().mean(0).sum(dim=(0, 2, 3)).tolist(), rel=0.05)
+    assert sum(sums.kl) == pytest.approx(float(posterior.kl()), rel=1e-5)  # worst seen 1e-7, which is float32's
 
 
 def test_latent_stats_equal_those_of_all_elements_together():
@@ -153,7 +153,9 @@ def test_metric_table_states_a_range_for_every_metric():
     assert perceptual_metric("mine").heading == "mine ↓"
 
 
-@pytest.mark.parametrize(("value", "text"), [(18.046, "18.05"), (-0.5, "−0.50"), (math.inf, "∞"), (-math.inf, "−∞")])
+@pytest.mark.parametrize(
+    ("value", "text"), [(18.046, "18.05"), (-0.5, "−0.50"), (-0.004, "0.00"), (math.inf, "∞"), (-math.inf, "−∞")]
+)
 def test_metric_formats_its_value(value, text):
     assert METRICS["psnr_db"].format(value) == text
 
@@ -165,7 +167,7 @@ def test_ms_ssim_equals_torchmetrics(noisy):
 
     theirs = multiscale_structural_similarity_index_measure(a, b, data_range=255.0, normalize="relu")
 
-    # worst seen 2e-15
+    # worst seen 4e-11, noise of seeds 0 to 2
     assert ms_ssim(recon, x) == pytest.approx(float(theirs), abs=1e-6)
 
 

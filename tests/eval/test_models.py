@@ -29,6 +29,11 @@ def build():
             if name == "AsymmetricAutoencoderKL":
                 widths = {"down_block_out_channels": (8, 16), "up_block_out_channels": (16, 24)}
                 return diffusers.AsymmetricAutoencoderKL(**SMALL, **widths)
+            if name == "AutoencoderDC":
+                widths = {"encoder_block_out_channels": (8, 16), "decoder_block_out_channels": (8, 16)}
+                layers = {"encoder_layers_per_block": (1, 1), "decoder_layers_per_block": (1, 1)}
+                blocks = {"encoder_block_types": "ResBlock", "decoder_block_types": "ResBlock"}
+                return diffusers.AutoencoderDC(latent_channels=4, attention_head_dim=4, **widths, **layers, **blocks)
             if name == "ConsistencyDecoderVAE":
                 return diffusers.ConsistencyDecoderVAE(
                     encoder_block_out_channels=(8, 16),
@@ -45,7 +50,14 @@ def build():
     return build_one
 
 
-CLASSES = ["AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderTiny", "VQModel", "ConsistencyDecoderVAE"]
+CLASSES = [
+    "AutoencoderKL",
+    "AsymmetricAutoencoderKL",
+    "AutoencoderTiny",
+    "VQModel",
+    "ConsistencyDecoderVAE",
+    "AutoencoderDC",
+]
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -62,7 +74,7 @@ def test_every_class_is_saved_loaded_by_its_name_and_evaluated(name, build, phot
     # also of the decoder that draws noise; ours instead of diffusers' AutoencoderKL differs in the last bits
     theirs = evaluate({"loaded": vae}, {"cat": photos["cat"]})
     assert result.rows[0].means == pytest.approx(theirs.rows[0].means, abs=1e-4 if name == "AutoencoderKL" else 0)
-    assert bool(result.rows[0].latents.channel_kl) == (name not in ("AutoencoderTiny", "VQModel"))
+    assert bool(result.rows[0].latents.channel_kl) == (name not in ("AutoencoderTiny", "VQModel", "AutoencoderDC"))
 
 
 def test_vector_quantised_latents_take_the_bits_of_their_indices(build, photos):

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from eval.evaluator import evaluate
+from eval.measures import build_measures
 from eval.metrics import l1, psnr_db
 from eval.photos import Photo
 from eval.protocols import get_protocol
@@ -88,3 +89,32 @@ def _mask_bytes(size):
 def test_boxes_of_refuses(columns, message):
     with pytest.raises(UserError, match=message):
         list(boxes_of(Photo("a", Image.new("RGB", (20, 10)), columns), (20, 10)))
+
+
+def test_a_part_is_measured_by_the_metrics_that_it_is_large_enough_for(tiny_vae, marked):
+    protocol = get_protocol("native", metrics=["psnr_db", "ssim"])
+    (marked / "metadata.jsonl").write_text(
+        json.dumps({"file_name": "cat.png", "boxes": [[0, 0, 8, 8], [0, 0, 12, 12]], "labels": ["small", "large"]})
+    )
+
+    small = evaluate({"ours": tiny_vae}, marked, protocol=protocol).regions
+
+    assert {region.label: list(region.means) for region in small} == {
+        "large": ["psnr_db", "ssim"],
+        "small": ["psnr_db"],
+    }
+
+
+@pytest.mark.shared
+def test_parts_are_measured_by_lpips(tiny_vae, photos, shared, tmp_path):
+    photos["cat"].resize((148, 100)).save(tmp_path / "cat.png")
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "cat.png", "box": [10, 10, 80, 80]}))
+    weights = {"alex": str(shared / "weights" / "alexnet_features_torchvision.pth")}
+
+    result = evaluate([tiny_vae], tmp_path, metrics=["lpips_alex"], weights=weights)
+
+    pictures = result.pictures["cat.png"]["model 1"]
+    measure = build_measures(get_protocol("native", metrics=["lpips_alex"]), weights=weights).functions["lpips_alex"]
+    box = (10, 10, 80, 80)
+    expected = measure(pictures.recon.crop(box), pictures.original.crop(box))
+    assert result.regions[0].means["lpips_alex"].value == expected

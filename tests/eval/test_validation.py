@@ -10,7 +10,7 @@ from eval.evaluator import evaluate
 from eval.metrics import METRICS
 from eval.protocols import get_protocol
 from eval.validation import Validator
-from sd_vae.errors import UserError
+from sd_vae.errors import UnreachableError, UserError
 from training.config_extras import BEST_METRICS
 
 
@@ -140,3 +140,13 @@ def test_photos_that_are_gone_are_listed_and_the_others_measured(tiny_vae, image
         values["psnr_db"]
         == evaluate([tiny_vae], rest, protocol="native", size=20, metrics=["psnr_db"]).rows[0].means["psnr_db"]
     )
+
+
+def test_photos_out_of_reach_end_the_validation(tiny_vae, images):
+    def load(index):
+        raise UnreachableError("no route to the photos.")
+
+    images.load = load
+
+    with pytest.raises(UnreachableError, match="no route to the photos"):
+        Validator(size=20)(tiny_vae, images)

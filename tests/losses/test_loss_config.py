@@ -40,8 +40,17 @@ def test_kl_config_rejects(fields, match):
 
 
 def test_perceptual_config_reports_all_problems_at_once():
-    with pytest.raises(UserError, match=r"perceptual\.weight is -1.*; perceptual\.backbone is 'x\.pth' but .* ms_ssim"):
-        PerceptualConfig(net="ms_ssim", weight=-1.0, backbone="x.pth")
+    with pytest.raises(
+        UserError, match=r"perceptual\.weight is -1.*; perceptual\.backbone is 'x\.pth' but .* ms_dssim"
+    ):
+        PerceptualConfig(net="ms_dssim", weight=-1.0, backbone="x.pth")
+
+
+def test_perceptual_config_names_what_ms_ssim_is_called_now():
+    with pytest.raises(UserError, match=r"perceptual.net is ms_ssim, which is the name of a metric; .* ms_dssim"):
+        PerceptualConfig(net="ms_ssim")
+    with pytest.raises(UserError, match=r"recipe: perceptual.net is 'ms_ssim', it should be .* or 'ms_dssim'"):
+        from_plain(LossConfig, {"perceptual": {"net": "ms_ssim"}}, source="recipe")
 
 
 def test_perceptual_config_rejects_empty_backbone():

@@ -9,7 +9,7 @@ from sd_vae.losses.perceptual import LPIPS
 from sd_vae.posterior import DiagonalGaussian
 
 
-def config(net="ms_ssim", weight=1.0, kl_weight=1e-2, **fields):
+def config(net="ms_dssim", weight=1.0, kl_weight=1e-2, **fields):
     perceptual = PerceptualConfig(net=net, weight=weight, **fields)
     return LossConfig(perceptual=perceptual, kl=KLConfig(weight=kl_weight))
 
@@ -39,8 +39,8 @@ def test_objective_total_is_the_weighted_sum_of_its_terms(tiny_vae):
 
     total, terms, _ = Objective(config(weight=0.3))(x, *forward(tiny_vae, x))
 
-    assert list(terms) == ["reconstruction", "ms_ssim", "kl"]
-    expected = terms["reconstruction"] + 0.3 * terms["ms_ssim"] + 1e-2 * terms["kl"]
+    assert list(terms) == ["reconstruction", "ms_dssim", "kl"]
+    expected = terms["reconstruction"] + 0.3 * terms["ms_dssim"] + 1e-2 * terms["kl"]
     torch.testing.assert_close(total, expected)
 
 
@@ -107,7 +107,7 @@ def test_objective_perceptual_weight_changes_the_decoders_gradient(tiny_vae):
 @pytest.mark.parametrize("convention", ["mean", "ldm"])
 def test_objective_is_unchanged_by_repeating_the_batch(tiny_vae, convention):
     x = images()
-    objective = Objective(LossConfig(perceptual=PerceptualConfig(net="ms_ssim"), kl=KLConfig(convention=convention)))
+    objective = Objective(LossConfig(perceptual=PerceptualConfig(net="ms_dssim"), kl=KLConfig(convention=convention)))
 
     once = objective(x, *forward(tiny_vae, x)).terms
     recon, posterior = forward(tiny_vae, x)
@@ -178,7 +178,7 @@ def test_objective_gradients_through_a_vae_equal_the_lpips_package(tiny_vae, sha
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
 
 
-def test_objective_trains_an_untrained_vae_with_ms_ssim(tiny_vae):
+def test_objective_trains_an_untrained_vae_with_ms_dssim(tiny_vae):
     x = images()
 
     _, actual = gradients(Objective(config(weight=1.0, kl_weight=0.0)), tiny_vae, x)
@@ -193,7 +193,7 @@ def test_objective_fidelity_is_the_total_without_kl(tiny_vae):
 
     total, terms, fidelity = Objective(config(weight=0.3))(x, *forward(tiny_vae, x))
 
-    torch.testing.assert_close(fidelity, terms["reconstruction"] + 0.3 * terms["ms_ssim"])
+    torch.testing.assert_close(fidelity, terms["reconstruction"] + 0.3 * terms["ms_dssim"])
     torch.testing.assert_close(total, fidelity + 1e-2 * terms["kl"])
 
 

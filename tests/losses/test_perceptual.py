@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from sd_vae.errors import UserError
 from sd_vae.losses.config import PerceptualConfig
-from sd_vae.losses.perceptual import LPIPS, MultiScaleSSIM, build_perceptual
+from sd_vae.losses.perceptual import LPIPS, MultiScaleDSSIM, build_perceptual
 
 SHARED_FILES = {"alex": "alexnet_features_torchvision.pth", "squeeze": "squeezenet1_1_features_torchvision.pth"}
 
@@ -71,7 +71,7 @@ def test_lpips_of_flat_images_has_a_finite_gradient(alex):
     assert recon.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("net", ["alex", "ms_ssim"])
+@pytest.mark.parametrize("net", ["alex", "ms_dssim"])
 def test_perceptual_gradient_reaches_the_reconstruction_alone(net, standin):
     backbone = str(standin("alex")) if net == "alex" else None
     perceptual = build_perceptual(PerceptualConfig(net=net, backbone=backbone))
@@ -94,7 +94,7 @@ def test_lpips_keeps_no_graph_of_the_target(alex):
     assert calls == [False, True]
 
 
-@pytest.mark.parametrize("net", ["alex", "ms_ssim"])
+@pytest.mark.parametrize("net", ["alex", "ms_dssim"])
 def test_perceptual_stays_in_eval_mode_and_frozen(net, standin):
     backbone = str(standin("alex")) if net == "alex" else None
     perceptual = build_perceptual(PerceptualConfig(net=net, backbone=backbone))
@@ -105,7 +105,7 @@ def test_perceptual_stays_in_eval_mode_and_frozen(net, standin):
     assert not any(parameter.requires_grad for parameter in perceptual.parameters())
 
 
-@pytest.mark.parametrize("net", ["alex", "ms_ssim"])
+@pytest.mark.parametrize("net", ["alex", "ms_dssim"])
 def test_perceptual_is_fp32_under_autocast(net, standin):
     backbone = str(standin("alex")) if net == "alex" else None
     perceptual = build_perceptual(PerceptualConfig(net=net, backbone=backbone))
@@ -153,21 +153,21 @@ def test_lpips_takes_its_smallest_size_and_names_it_below(net, standin):
         model(torch.zeros(1, 3, size - 1, 64), torch.ones(1, 3, size - 1, 64))
 
 
-def test_ms_ssim_takes_its_smallest_size_and_names_it_below():
-    perceptual = MultiScaleSSIM()
+def test_ms_dssim_takes_its_smallest_size_and_names_it_below():
+    perceptual = MultiScaleDSSIM()
 
     distance = perceptual(torch.zeros(1, 3, 44, 44), torch.ones(1, 3, 44, 44))
 
     assert distance.isfinite().all()
-    with pytest.raises(UserError, match=r"ms_ssim needs images of at least 44x44 pixels, these are 43x44"):
+    with pytest.raises(UserError, match=r"ms_dssim needs images of at least 44x44 pixels, these are 43x44"):
         perceptual(torch.zeros(1, 3, 43, 44), torch.ones(1, 3, 43, 44))
 
 
-def test_ms_ssim_orders_images_by_damage():
+def test_ms_dssim_orders_images_by_damage():
     x, _ = random_pair()
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
 
-    distances = [MultiScaleSSIM()(x + strength * noise, x) for strength in (0.0, 0.05, 0.5)]
+    distances = [MultiScaleDSSIM()(x + strength * noise, x) for strength in (0.0, 0.05, 0.5)]
 
     assert distances[0].abs().max() < 1e-6
     assert (distances[0] < distances[1]).all()
@@ -175,44 +175,44 @@ def test_ms_ssim_orders_images_by_damage():
     assert distances[2].max() <= 1
 
 
-def test_ms_ssim_is_per_image():
+def test_ms_dssim_is_per_image():
     x, recon = random_pair()
 
-    both = MultiScaleSSIM()(recon, x)
+    both = MultiScaleDSSIM()(recon, x)
 
-    torch.testing.assert_close(both, torch.cat([MultiScaleSSIM()(recon[i : i + 1], x[i : i + 1]) for i in (0, 1)]))
+    torch.testing.assert_close(both, torch.cat([MultiScaleDSSIM()(recon[i : i + 1], x[i : i + 1]) for i in (0, 1)]))
 
 
 @pytest.mark.parametrize("recon", ["equal", "opposite", "flat"])
-def test_ms_ssim_gradient_is_finite_at_the_edges(recon):
+def test_ms_dssim_gradient_is_finite_at_the_edges(recon):
     x, _ = random_pair()
     recon = {"equal": x, "opposite": -x, "flat": torch.zeros_like(x)}[recon].clone().requires_grad_()
 
-    MultiScaleSSIM()(recon, x).sum().backward()
+    MultiScaleDSSIM()(recon, x).sum().backward()
 
     assert recon.grad.isfinite().all()
 
 
-def test_ms_ssim_exponents_sum_to_one():
+def test_ms_dssim_exponents_sum_to_one():
     # A flat grey against a flat white: only the luminance term of the coarsest scale is below 1.
     x, recon = torch.ones(1, 3, 64, 64), torch.zeros(1, 3, 64, 64)
     c1 = (0.01 * 2.0) ** 2
     luminance = c1 / (1.0 + c1)
 
-    distance = MultiScaleSSIM()(recon, x)
+    distance = MultiScaleDSSIM()(recon, x)
 
     exponent = 0.3001 / (0.0448 + 0.2856 + 0.3001)
     torch.testing.assert_close(distance, torch.tensor([1 - ((1 + luminance) / 2) ** exponent]), rtol=1e-4, atol=0)
 
 
 def test_perceptual_rejects_other_channel_counts():
-    with pytest.raises(UserError, match=r"ms_ssim compares RGB images, these have 1 channels; set its weight to 0"):
-        MultiScaleSSIM()(torch.zeros(1, 1, 64, 64), torch.zeros(1, 1, 64, 64))
+    with pytest.raises(UserError, match=r"ms_dssim compares RGB images, these have 1 channels; set its weight to 0"):
+        MultiScaleDSSIM()(torch.zeros(1, 1, 64, 64), torch.zeros(1, 1, 64, 64))
 
 
 def test_perceptual_rejects_different_shapes():
     with pytest.raises(UserError, match=r"recon has shape \(1, 3, 64, 64\) and x \(2, 3, 64, 64\)"):
-        MultiScaleSSIM()(torch.zeros(1, 3, 64, 64), torch.zeros(2, 3, 64, 64))
+        MultiScaleDSSIM()(torch.zeros(1, 3, 64, 64), torch.zeros(2, 3, 64, 64))
 
 
 def test_build_perceptual_with_weight_zero_builds_nothing():
