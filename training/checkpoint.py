@@ -91,10 +91,11 @@ def save_checkpoint(
                 save_file(tensors, temporary / f"{name}.safetensors", metadata={"format": "pt"})
             torch.save({name: state.state_dict() for name, state in states.items()}, temporary / "optimizer.pt")
             write_json(temporary / "state.json", {"format_version": FORMAT_VERSION, **asdict(progress)})
-    except (SafetensorError, RuntimeError) as error:  # what safetensors and torch raise on a full disk
+    except (UserError, SafetensorError, RuntimeError) as error:  # the last two, too, mean a full disk
+        before = _complete(folder)
+        rest = f"go on from {before[-1].name}, which is whole: --resume {folder.parent}" if before else "start anew"
         raise UserError(
-            f"cannot write {path}: {_reason(error)}; check the disk and its free space, then go on from the "
-            f"checkpoint before: --resume {folder.parent}."
+            f"cannot write {path}: {_reason(error.__cause__ or error)}; check the disk and its free space, then {rest}."
         ) from error
     _link_last(path)
     for old in _complete(folder)[:-keep]:
@@ -129,9 +130,10 @@ def load_checkpoint(path: Path, models: dict[str, nn.Module], states: dict[str, 
         ) from error
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """An error's words on one line, not too many; its kind where it has none."""
-    return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+    words = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return " ".join(words.split())[:300].rstrip(".") or type(error).__name__
 
 
 def newest_checkpoint(folder: Path) -> Path:

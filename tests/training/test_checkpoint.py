@@ -55,7 +55,10 @@ def test_save_checkpoint_that_fails_leaves_the_one_before(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint.torch, "save", full)
-    with pytest.raises(UserError, match=r"cannot write .*step-0000002: No space left on device"):
+    with pytest.raises(
+        UserError,
+        match=r"cannot write .*step-0000002: No space left on device; .*go on from step-0000001, which is whole",
+    ):
         save_checkpoint(tmp_path, Progress(step=2, samples=2, num_pictures=6), *parts, keep=1)
 
     assert newest_checkpoint(tmp_path).name == "step-0000001"
@@ -126,7 +129,7 @@ def test_a_full_disk_leaves_no_checkpoint_and_says_how_to_go_on(
 
     monkeypatch.setattr(torch, "save", fail)
 
-    with pytest.raises(UserError, match=r"cannot write .*step-0000001.*free space.*--resume"):
+    with pytest.raises(UserError, match=r"cannot write .*step-0000001: .enforce fail.*free space, then start anew"):
         save_checkpoint(
             tmp_path / "c", Progress(step=1, samples=2, num_pictures=6), {"model": nn.Linear(2, 2)}, {}, keep=1
         )

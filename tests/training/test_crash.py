@@ -1,20 +1,27 @@
 """Runs that are interrupted, killed or cannot write, and what they are once they go on: the run that was not."""
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 from sd_vae.data import open_training_source
-from sd_vae.losses import AdversarialConfig
-from training import resume, train
+from sd_vae.errors import UserError
+from sd_vae.losses import AdversarialConfig, Objective
+from training import checkpoint, resume, train
+from training import trainer as trainer_module
 from training.checkpoint import newest_checkpoint
 from training.config import save_recipe
+from training.distributed import build_accelerator
 from training.records import read_metrics
 from training.trainer import Trainer
 
@@ -152,3 +159,96 @@ def _launch(num_processes: int, stop_after: int, notes: Path, place: Path) -> La
     ranks = [json.loads((notes / f"{rank}.json").read_text()) for rank in range(num_processes)]
     samples = [(epoch, index) for row in zip(*ranks, strict=True) for batch in row for epoch, index in batch]
     return Launched(samples, done.stderr)
+
+
+def test_a_run_whose_disk_fills_up_names_the_checkpoint_before_and_goes_on_from_it(
+    make_config: Any, assert_same_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(make_config("whole"))
+    save, saved = checkpoint.save_file, []
+
+    def fill_up(tensors: Any, path: Path, **others: Any) -> None:
+        saved.append(path)
+        if len(saved) > 3:  # two files a checkpoint: in the middle of the second
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(tensors, path, **others)
+
+    monkeypatch.setattr(checkpoint, "save_file", fill_up)
+    with pytest.raises(
+        UserError, match=r"step-0000004: No space left on device; .*go on from step-0000002, which is whole: --resume"
+    ):
+        train(make_config("parts"))
+    monkeypatch.undo()
+    parts = resume(make_config("parts").out)
+
+    assert_same_run(whole.folder, parts.folder)
+
+
+def test_a_run_that_diverges_after_a_checkpoint_names_it(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    objective = Objective.forward
+
+    def diverge(self: Objective, *inputs: Any) -> Any:
+        found = objective(self, *inputs)
+        return found._replace(total=found.total * float("nan")) if inputs[-1] >= 2 else found
+
+    monkeypatch.setattr(Objective, "forward", diverge)
+
+    # Of the steps 3 to 5 none is taken, so the weights saved at 4 are those of 2.
+    with pytest.raises(UserError, match=r"at step 5; .* the last good checkpoint, step-0000004: --resume .*run"):
+        train(make_config(steps=8, max_skipped_steps=3, data={"validation": None}))
+
+
+# ---- half precision
+
+
+def test_a_half_precision_run_with_a_discriminator_resumes_to_the_bit(make_config: Any, assert_same_run: Any) -> None:
+    settings = {"mixed_precision": "bf16", "loss": {"adversarial": GAN}}
+    whole = train(make_config("whole", **settings))
+    parts = train(make_config("parts", **settings))
+    shutil.rmtree(parts.folder / "checkpoints" / "step-0000004")
+    (parts.folder / "report.json").unlink()
+
+    resume(parts.folder)
+
+    assert_same_run(whole.folder, parts.folder)
+
+
+@pytest.fixture
+def scaled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs on this CPU scale their gradients as those in fp16 on a GPU do; the scale doubles after every step."""
+
+    def build(config: Any) -> Any:
+        accelerator = build_accelerator(config)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1)
+        accelerator.native_amp = True
+        accelerator.state._mixed_precision = "fp16"
+        monkeypatch.setattr(accelerator, "autocast", nullcontext)
+        return accelerator
+
+    monkeypatch.setattr(trainer_module, "build_accelerator", build)
+
+
+def test_the_gradient_scale_is_part_of_a_checkpoint(make_config: Any, assert_same_run: Any, scaled: None) -> None:
+    whole = train(make_config("whole", loss={"adversarial": GAN}))
+    parts = train(make_config("parts", loss={"adversarial": GAN}))
+    shutil.rmtree(parts.folder / "checkpoints" / "step-0000004")
+    (parts.folder / "report.json").unlink()
+
+    resume(parts.folder)
+
+    assert_same_run(whole.folder, parts.folder)
+    state = torch.load(parts.folder / "checkpoints" / "last" / "optimizer.pt", weights_only=True)["scaler"]
+    assert state["scale"] > 4.0
+
+
+def test_an_overflow_lowers_the_gradient_scale_and_takes_no_step(make_config: Any, scaled: None) -> None:
+    trainer = Trainer(make_config())
+    scaler, mover = trainer.accelerator.scaler, trainer.update.mover
+    before = [parameter.detach().clone() for parameter in mover.parameters]
+    trainer.accelerator.backward(sum(parameter.sum() for parameter in mover.parameters) * float("inf"))
+
+    is_taken, _ = mover.move(torch.zeros(()))
+
+    assert not is_taken
+    assert scaler.get_scale() == 2.0
+    assert all(torch.equal(parameter, was) for parameter, was in zip(mover.parameters, before, strict=True))
