@@ -6,6 +6,8 @@ were decodes the latents of every such model; for any other the drift says what 
 Shapes: N photos, C latent channels, h w latent cells.
 """
 
+import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,7 +17,9 @@ from sd_vae.autoencoder import AutoencoderKL
 from sd_vae.latents.fingerprint import encoder_fingerprint
 from sd_vae.losses import equivariance_errors
 
-__all__ = ["LatentSpace"]
+__all__ = ["LatentSpace", "described"]
+
+logger = logging.getLogger(__name__)
 
 
 class LatentSpace:
@@ -36,7 +40,7 @@ class LatentSpace:
         self.equivariance = equivariance_errors(vae, photos, device) if equivariance else None
 
     def compare(self, vae: AutoencoderKL) -> dict[str, Any]:
-        """Return what a trained VAE's latent space is beside this one, for report and metadata.
+        """Return what a trained VAE's latent space is beside this one, for report and metadata; and log it in words.
 
         `encoder_sha256` and `encoder`, unchanged or changed. Where it is changed, `drift` has a list over channels of
         `shift`, the mean of the difference of posterior means over the standard deviation before; of `scale`, the
@@ -57,7 +61,27 @@ class LatentSpace:
         if self.equivariance is not None:
             after = equivariance_errors(vae, self.photos, self.device)
             result["equivariance"] = {"before": self.equivariance, "after": after}
+        logger.info("latents: %s", described(result))
         return result
+
+
+def described(found: Mapping[str, Any] | None) -> str:
+    """Return in words what `LatentSpace.compare` found; None is a VAE that began with random weights."""
+    if found is None:
+        return "its own, from random weights"
+    if "certificate" in found:
+        return f"{found['certificate']} (sha256 of both {found['encoder_sha256']})"
+    drift = found["drift"]
+    channels = "; ".join(
+        f"channel {channel}: {shift:+.3f}, {scale:.3f}, {correlation:.4f}"
+        for channel, (shift, scale, correlation) in enumerate(
+            zip(drift["shift"], drift["scale"], drift["correlation"], strict=True)
+        )
+    )
+    return (
+        "drifted from those of the weights before, so train models on them anew (shift in standard deviations, scale, "
+        f"correlation; {channels})"
+    )
 
 
 @torch.no_grad()

@@ -15,7 +15,8 @@ from PIL import Image
 from sd_vae.errors import UserError
 from sd_vae.files import file_errors, finite, read_text, write_text
 
-from .config import TrainConfig
+from .certificate import described
+from .config import ModelConfig, TrainConfig
 from .validation import Evaluated
 
 __all__ = ["CARD_PICTURE", "MetricsLog", "model_card", "read_metrics", "versions"]
@@ -132,9 +133,14 @@ def model_card(config: TrainConfig, results: Mapping[str, Any], evaluated: Evalu
     losses = [config.loss.reconstruction.upper()]
     if config.loss.perceptual.weight:
         losses.append(f"{config.loss.perceptual.weight:g} x {config.loss.perceptual.net}")
-    losses.append(f"{config.loss.kl.weight:g} x KL ({config.loss.kl.convention})")
+    if config.loss.kl.weight:
+        losses.append(f"{config.loss.kl.weight:g} x KL ({config.loss.kl.convention})")
     if config.loss.adversarial.weight:
         losses.append(f"{config.loss.adversarial.weight:g} x adversarial ({config.loss.adversarial.loss})")
+    if config.loss.tiling.weight:
+        losses.append(f"{config.loss.tiling.weight:g} x tiling")
+    if config.loss.equivariance.probability:
+        losses.append(f"latents turned and scaled in {config.loss.equivariance.probability:.0%} of the steps")
     validation = results.get("validation") or {}
     numbers = "\n".join(f"| {name} | {value:.5g} |" for name, value in validation.items())
     table = f"| validation | value |\n|---|---|\n{numbers}\n" if numbers else "No validation photos were given.\n"
@@ -153,24 +159,24 @@ from diffusers import AutoencoderKL
 vae = AutoencoderKL.from_pretrained("path/to/this/folder")
 ```
 
-- Started from: {start}; trained: {config.model.trainable}
+- Started from: {start}; trained: {_trained(config.model)}
 - Data: {", ".join(f"`{source}`" for source in config.data.sources)}, {config.data.size}x{config.data.size} crops
 - Loss: {" + ".join(losses)}
 - {results["step"]} optimizer steps, {results["samples"]} pictures seen, seed {config.seed}
 - Weights: {"exponential moving average, decay " + format(config.ema_decay, "g") if config.ema_decay else "last step"}
 - Scaling factor {results["scaling_factor"]:.5g} ({results["scaling_factor_source"]})
-- Latents: {_latents(results.get("latents"))}
+- Latents: {described(results.get("latents"))}
 
 {table}
 The recipe and the software versions are in the metadata of the safetensors file.
 """
 
 
-def _latents(found: Mapping[str, Any] | None) -> str:
-    """What the latent space is beside that of the weights before."""
-    if found is None:
-        return "its own, from random weights"
-    if "certificate" in found:
-        return f"{found['certificate']} (sha256 {found['encoder_sha256']})"
-    correlations = ", ".join(f"{value:.3f}" for value in found["drift"]["correlation"])
-    return f"drifted from those of the weights before, correlation by channel {correlations}; train models on its own"
+def _trained(model: ModelConfig) -> str:
+    """What moved, in words."""
+    return {
+        "all": "all of it",
+        "decoder": "decoder and post_quant_conv",
+        "parts": ", ".join(model.parts),
+        "lora": f"low-rank additions to the decoder (rank {model.lora_rank}), merged into these weights",
+    }[model.trainable]

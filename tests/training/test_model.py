@@ -1,6 +1,7 @@
 """What trains, what a run ends with, and what it says of the latent space."""
 
 import json
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -199,3 +200,12 @@ def test_latent_space_measures_shift_and_scale_of_each_channel(tiny_vae: Autoenc
     assert drift["scale"] == pytest.approx([2.0, 1.0, 1.0, 1.0], rel=1e-4)
     assert drift["correlation"] == pytest.approx([-1.0, 1.0, 1.0, 1.0], rel=1e-4)
     assert drift["shift"][1:] == pytest.approx([float(0.5 / std), 0.0, 0.0], rel=1e-4, abs=1e-6)
+
+
+def test_a_run_says_at_its_end_what_became_of_the_latents(make_config: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="training"):
+        train(make_config())
+
+    (line,) = (record.getMessage() for record in caplog.records if record.name == "training.certificate")
+    assert line.startswith("latents: drifted from those of the weights before, so train models on them anew (shift in")
+    assert "; channel 3: " in line

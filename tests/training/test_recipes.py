@@ -88,7 +88,11 @@ def test_a_decoder_only_run_certifies_its_encoder_in_the_metadata(tiny: Any) -> 
         latents = json.loads(file.metadata()["training"])["latents"]
     assert latents["encoder"] == "unchanged"
     assert "a drop-in for every model" in latents["certificate"]
-    assert "a drop-in for every model" in (result.vae / "README.md").read_text()
+    card = (result.vae / "README.md").read_text()
+    assert "a drop-in for every model" in card
+    assert latents["encoder_sha256"] in card
+    assert "trained: decoder and post_quant_conv" in card
+    assert "x KL" not in card
 
 
 def test_a_run_that_moves_the_encoder_reports_the_drift_of_each_channel(tiny: Any) -> None:
@@ -96,4 +100,5 @@ def test_a_run_that_moves_the_encoder_reports_the_drift_of_each_channel(tiny: An
 
     drift = result.report["latents"]["drift"]
     assert {name: len(values) for name, values in drift.items()} == {"shift": 4, "scale": 4, "correlation": 4}
-    assert "drifted" in (result.vae / "README.md").read_text()
+    card = (result.vae / "README.md").read_text()
+    assert all(f"channel {channel}: {shift:+.3f}, " in card for channel, shift in enumerate(drift["shift"]))
