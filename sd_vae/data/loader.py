@@ -11,7 +11,10 @@ Shapes: B batch, S side of the crops in pixels.
 from __future__ import annotations
 
 import io
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -199,6 +202,18 @@ def _collate(samples: list[_Sample]) -> Batch | str:
 
 
 def ignore_interrupts(worker: int) -> None:
-    """Leave Ctrl-C to the main process; for the workers of a loader."""
-    # Ctrl-C reaches the whole process group; the training process decides what it means, and still needs its data.
+    """Leave Ctrl-C and SIGTERM to the main process; for the workers of a loader."""
+    # Ctrl-C, torchrun and Slurm reach the whole process group; the training process decides what it means, and still
+    # needs its data. What the main process itself sends ends a worker.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_main_process, name="signals", daemon=True).start()
+
+
+def _end_with_main_process() -> None:
+    main = multiprocessing.parent_process()
+    assert main is not None, "only workers of a loader ignore interrupts"
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main.pid:
+        pass
+    os._exit(0)

@@ -1,5 +1,6 @@
 import itertools
 import signal
+import subprocess
 
 import pytest
 import torch
@@ -136,18 +137,29 @@ def test_loader_without_a_readable_picture_is_one_line(folder, num_workers):
     assert "\n" not in str(caught.value)
 
 
-def test_loader_workers_leave_interrupts_to_the_training_process(folder):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_loader_workers_leave_interrupts_to_the_training_process(folder, number):
     config = DataConfig(train=str(folder), size=16, num_workers=1)
     loader = training_loader(open_source(str(folder)), config, batch_size=2, seed=1)
     batches = iter(loader.batches)
     next(batches)
 
-    for worker in batches._workers:
-        import os
-
-        os.kill(worker.pid, signal.SIGINT)
+    for worker in batches._workers:  # from another process, as clusters and torchrun do
+        subprocess.run(["kill", f"-{int(number)}", str(worker.pid)], check=True)
 
     assert len([next(batches) for _ in range(8)]) == 8
+
+
+def test_loader_workers_end_when_the_training_process_ends_them(folder):
+    config = DataConfig(train=str(folder), size=16, num_workers=1)
+    loader = training_loader(open_source(str(folder)), config, batch_size=2, seed=1)
+    batches = iter(loader.batches)
+    next(batches)
+
+    batches._workers[0].terminate()
+    batches._workers[0].join(60)
+
+    assert batches._workers[0].exitcode == 0
 
 
 def test_loader_works_with_fewer_pictures_than_a_batch(folder):

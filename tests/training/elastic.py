@@ -26,7 +26,7 @@ def note_samples(trainer: type[Trainer], notes: list[list[Sample]], num_processe
     def noted(self: Trainer, batches: Iterator[Any]) -> Any:
         assert self.accelerator.num_processes == num_processes
         if self.progress.step + 1 == stop_after and self._is_main:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.killpg(os.getpgrp(), signal.SIGTERM)  # as torchrun and clusters do: the workers of the loader get it too
         return step(self, _noting(batches, notes))
 
     trainer._step = noted  # type: ignore[method-assign]
