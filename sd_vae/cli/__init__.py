@@ -27,6 +27,7 @@ COMMANDS = {
     "interpolate": "from picture to picture through the latent space, as a sheet or a film",
     "augment": "variants of pictures with their labels, from the posterior, by mixing and along attributes",
     "distill": "teach a small fast autoencoder, for diffusers and ComfyUI, what a VAE does",
+    "app": "a page in the browser to play with a VAE",
     "convert": "rewrite a checkpoint in another layout, verified by loading it back",
     "inspect": "what is in a checkpoint: layout, config, dtype, parameters, problems",
     "anomaly": "find pictures that are unlike normal ones, and where",

@@ -17,6 +17,7 @@ OPTIONAL = {
     "ray",
     "wandb",
     "constriction",
+    "gradio",
     "av",
     "xformers",
 }  # imported where they are, and said to be missing where not
