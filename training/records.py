@@ -19,7 +19,7 @@ from .certificate import described
 from .config import ModelConfig, TrainConfig
 from .validation import Evaluated
 
-__all__ = ["CARD_PICTURE", "MetricsLog", "model_card", "read_metrics", "versions"]
+__all__ = ["CARD_PICTURE", "MetricsLog", "loss_terms", "model_card", "read_metrics", "versions"]
 
 CARD_PICTURE = "reconstructions.png"
 """Beside the model card: photos and what becomes of them."""
@@ -119,6 +119,12 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
             raise UserError(f"{path} line {number} is not a row of metrics: {line[:40]!r}; remove it.") from None
         rows.append(row)
     return rows
+
+
+def loss_terms(values: Mapping[str, float]) -> str:
+    """Return the loss and its terms of both networks for a progress bar; what else a step says is in the log."""
+    others = ("grad_norm", "_weight", "_real", "_fake", "_accuracy")
+    return ", ".join(f"{name} {value:.4g}" for name, value in values.items() if not name.endswith(others))
 
 
 def versions() -> dict[str, str]:

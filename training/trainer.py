@@ -34,7 +34,7 @@ from .ema import EMA
 from .lora import save_adapter
 from .model import initial_vae, plain_vae, prepare_training_, set_scale_
 from .publishing import push, require_login
-from .records import MetricsLog, versions
+from .records import MetricsLog, loss_terms, versions
 from .rehearsal import memory_errors
 from .run_folder import (
     RunLock,
@@ -170,7 +170,7 @@ class Trainer:
                     stopping = self._agree(stop_request)
                     if step % config.log_every == 0 or step == config.steps or stopping:
                         values = self._log(log, result)
-                        bar.set_postfix_str(f"loss {values['loss']:.4f}")
+                        bar.set_postfix_str(loss_terms(values))
                     validates = step % config.validate_every == 0 or step == config.steps
                     if self.photos is not None and validates and not self.skipped_in_a_row:
                         self._validate(log)

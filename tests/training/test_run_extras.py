@@ -22,7 +22,7 @@ from training import resume, train
 from training.batch_size import find_batch_size
 from training.config_extras import BEST_METRICS, ReportConfig
 from training.distributed import build_accelerator
-from training.records import MetricsLog
+from training.records import MetricsLog, loss_terms
 from training.rehearsal import ShortageError, divisors_from, memory_errors
 from training.run_folder import LOCK, RunLock, is_better
 from training.throughput import Throughput, training_flops
@@ -233,6 +233,14 @@ def test_tensorboard_shows_the_reconstructions(make_config: Any, tmp_path: Path)
 
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.step for event in events.Images("reconstructions")] == [3]
+
+
+def test_a_progress_bar_shows_the_loss_and_its_terms() -> None:
+    terms = {"loss": 0.25, "reconstruction": 0.125, "lpips_alex": 0.5, "kl": 12345.6, "adversarial_weight": 0.1}
+
+    line = loss_terms(terms | {"disc_loss": 1.0, "disc_accuracy": 0.5, "grad_norm": 3.0})
+
+    assert line == "loss 0.25, reconstruction 0.125, lpips_alex 0.5, kl 1.235e+04, disc_loss 1"
 
 
 # ---- memory and speed
