@@ -112,6 +112,8 @@ class RemoteFiles:
                 raise UserError(
                     f"cannot read {without_secrets(url)}: {response.status_code} {response.reason}; check the address."
                 )
+            if response.status_code == 416:
+                raise UserError(f"{without_secrets(url)} ends before byte {offset}; it is cut off or was changed.")
             response.raise_for_status()
             if response.status_code != 206:  # before the body, which would be all of the file
                 raise UserError(

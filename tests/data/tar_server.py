@@ -54,9 +54,9 @@ def serve(folder: Path) -> Iterator[TarServer]:
             whole = len(content)
             if asked and state.gives_parts:
                 first, last = (int(number) for number in asked.removeprefix("bytes=").split("-"))
-                content, status = content[first : last + 1], 206
+                content, status = content[first : last + 1], 206 if first < whole else 416
             self.send_response(status)
-            if status == 206:
+            if status != 200:
                 self.send_header("Content-Range", f"bytes {first}-{first + len(content) - 1}/{whole}")
             self.send_header("Content-Length", str(len(content)))
             self.send_header("ETag", f'"{(folder / name).stat().st_mtime_ns}"')

@@ -159,6 +159,22 @@ def test_a_remote_file_that_is_cut_off_is_one_line(server):
         files().read(server.url + "/01.tar", files().state(server.url + "/01.tar").size - 10, 100)
 
 
+def test_a_remote_tar_that_is_cut_off_gives_what_comes_before(server, tars):
+    whole = (tars / "01.tar").read_bytes()
+    (tars / "01.tar").write_bytes(whole[: len(whole) // 3])
+
+    images = open_images(server.url + "/01.tar", files=files())
+
+    assert 0 < len(images) < 4
+    assert "01.tar ends" in images.problems[0]
+    assert images.load(0).size == (20, 18)
+
+
+def test_a_part_beyond_the_end_is_one_line(server):
+    with pytest.raises(UserError, match=r"01.tar ends before byte 1000000; it is cut off or was changed"):
+        files().read(server.url + "/01.tar", 1_000_000, 1)
+
+
 def test_a_file_of_unknown_size_is_refused(server, monkeypatch):
     answer = types.SimpleNamespace(headers={"Content-Range": "bytes 0-0/*"})
     monkeypatch.setattr(RemoteFiles, "_ask", lambda *_: answer)
