@@ -8,7 +8,7 @@ Shapes: C latent channels, h w latent cells.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sd_vae.errors import UserError
@@ -191,7 +191,7 @@ def build_page(playground: Playground, name: str) -> Any:
         if picture is None:
             return None, None, None, None, None, "", None, None, None, ""
         found = playground.look(picture)
-        facts = "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in found.facts.items())])
+        facts = "\n".join(f"- {key}: **{value}**" for key, value in found.facts.items())
         shown = (found.picture, found.recon, found.error, found.latents)
         return found, *shown, facts, found.recon, found.recon, found.recon, ""
 
@@ -207,17 +207,19 @@ def build_page(playground: Playground, name: str) -> Any:
         recon, levels = playground.round_trips(require(looked), int(count))
         return recon, "PSNR in dB after each trip: " + ", ".join(f"{level:.2f}" for level in levels)
 
+    show = partial(gr.Image, interactive=False, format="png", buttons=["fullscreen", "download"])
     with gr.Blocks(title=f"{TITLE}: {name}", analytics_enabled=False) as page:
         looked = gr.State(None)
         gr.Markdown(f"# {TITLE}\n{name}. Pictures above {playground.max_side} pixels are made smaller first.")
         with gr.Row():
             given = gr.Image(type="pil", image_mode=None, label="Drop a picture", elem_id="given")
             facts = gr.Markdown(elem_id="facts")
-        with gr.Tab("Reconstruction"), gr.Row():
-            picture = gr.Image(label="Picture", interactive=False, format="png", elem_id="picture")
-            recon = gr.Image(label="Reconstruction", interactive=False, format="png", elem_id="recon")
-            error = gr.Image(label="Error, bright from 64 levels", interactive=False, format="png", elem_id="error")
-            latents = gr.Image(label="Latents, a tile a channel", interactive=False, format="png", elem_id="latents")
+        with gr.Tab("Reconstruction"):
+            with gr.Row():
+                picture = show(label="Picture", elem_id="picture")
+                recon = show(label="Reconstruction", elem_id="recon")
+                error = show(label="Error, bright from 64 levels", elem_id="error")
+            latents = show(label="Latents, a tile a channel", elem_id="latents")
         with gr.Tab("Channels"), gr.Row():
             with gr.Column():
                 sliders = [
@@ -232,19 +234,19 @@ def build_page(playground: Playground, name: str) -> Any:
                     for channel in range(min(playground.num_channels, MAX_SLIDERS))
                 ]
                 reset = gr.Button("Back to 0", elem_id="reset")
-            shifted = gr.Image(label="Decoded", interactive=False, format="png", elem_id="shifted")
+            shifted = show(label="Decoded", elem_id="shifted")
         with gr.Tab("Interpolation"), gr.Row():
             with gr.Column():
                 other = gr.Image(type="pil", image_mode=None, label="Drop a second picture", elem_id="other")
                 place = gr.Slider(0, 1, 0.5, step=0.05, label="From the first to the second", elem_id="place")
                 path = gr.Radio(["slerp", "lerp"], value="slerp", label="Path")
-            blended = gr.Image(label="Between them", interactive=False, format="png", elem_id="blended")
+            blended = show(label="Between them", elem_id="blended")
         with gr.Tab("Round trips"), gr.Row():
             with gr.Column():
                 count = gr.Slider(1, MAX_ROUND_TRIPS, 5, step=1, label="Encodes and decodes", elem_id="count")
                 go = gr.Button("Go", variant="primary", elem_id="go")
                 levels = gr.Markdown(elem_id="levels")
-            tripped = gr.Image(label="After them", interactive=False, format="png", elem_id="tripped")
+            tripped = show(label="After them", elem_id="tripped")
 
         results = [looked, picture, recon, error, latents, facts, shifted, blended, tripped, levels]
         given.change(told(look), given, results, concurrency_limit=1)

@@ -144,9 +144,8 @@ def test_mutated_files_neither_crash_nor_hang_nor_grow(num_files) -> None:
     # Half of the files have right checksums, so that what lies behind them is reached; some of these hold a picture.
     assert outcomes[False] > num_files / 2
     assert outcomes[True] > 0
-    # 65536 pixels of factor 1 in 64 channels would be 4.2 million numbers; worst seen 6.3 MiB, at 30x22 of factor 2
-    assert peak < 256 * 2**20
-    assert slowest < 30  # worst seen 0.1 s on a busy machine
+    assert peak < 8 * 2**20  # worst seen 0.14 MiB over 3,000 files; 65536 pixels of factor 1 would be 1 MiB a plane
+    assert slowest < 30  # worst seen 0.14 s of CPU; the machine may be busy
 
 
 def _mutated(data: bytes, random: np.random.Generator, *, keep_sums: bool) -> bytes:
