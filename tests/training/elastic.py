@@ -6,7 +6,7 @@ elastic.py NUM_PROCESSES STOP_AFTER NOTES (RECIPE | RUN)
 import json
 import logging
 import os
-import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +26,8 @@ def note_samples(trainer: type[Trainer], notes: list[list[Sample]], num_processe
     def noted(self: Trainer, batches: Iterator[Any]) -> Any:
         assert self.accelerator.num_processes == num_processes
         if self.progress.step + 1 == stop_after and self._is_main:
-            os.killpg(os.getpgrp(), signal.SIGTERM)  # as torchrun and clusters do: the workers of the loader get it too
+            # As torchrun and clusters do: from elsewhere, and the workers of the loader get it too.
+            subprocess.run(["kill", "-TERM", "--", f"-{os.getpgrp()}"], check=True, start_new_session=True)
         return step(self, _noting(batches, notes))
 
     trainer._step = noted  # type: ignore[method-assign]
