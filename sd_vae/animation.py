@@ -12,10 +12,13 @@ from sd_vae.files import atomic_file
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["FILM_SUFFIXES", "save_film"]
+__all__ = ["FILM_SUFFIXES", "MAX_FPS", "save_film"]
 
 FILM_SUFFIXES = (".gif", ".webp", ".mp4")
 """How the names of films end."""
+
+MAX_FPS = 50
+"""Pictures a second, at most: a GIF counts hundredths of a second, and viewers slow down what has one of them."""
 
 
 def save_film(path: Path | str, pictures: Sequence[Image.Image], *, fps: int = 12) -> None:
@@ -25,15 +28,17 @@ def save_film(path: Path | str, pictures: Sequence[Image.Image], *, fps: int = 1
         path: File; its ending says what is written. A GIF has 256 colours a picture. MP4 is H.264, whose sides are
             even: a last odd row or column is left out.
         pictures: At least one, RGB, all of one size.
-        fps: Pictures a second.
+        fps: Pictures a second, 1 to 50.
 
     Raises:
-        UserError: Another ending, MP4 without PyAV, or the file cannot be written.
+        UserError: Another ending, another pace, MP4 without PyAV, or the file cannot be written.
     """
     path = Path(path)
     kind = path.suffix.lower()
     if kind not in FILM_SUFFIXES:
         raise UserError(f"{path} does not end like a film; choose one of: {', '.join(FILM_SUFFIXES)}.")
+    if not 1 <= fps <= MAX_FPS:
+        raise UserError(f"fps is {fps}, it must be from 1 to {MAX_FPS}.")
     frames = [*pictures, *pictures[-2:0:-1]]
     if kind == ".mp4":
         _save_mp4(path, frames, fps)

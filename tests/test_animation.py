@@ -59,3 +59,9 @@ def test_mp4_without_pyav_names_the_extra(tmp_path: Path, monkeypatch: pytest.Mo
 def test_other_endings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"film.avi does not end like a film; choose one of: .gif, .webp, .mp4"):
         save_film(tmp_path / "film.avi", PICTURES)
+
+
+@pytest.mark.parametrize("fps", [0, 51])
+def test_other_paces_are_refused(fps: int, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"fps is {fps}, it must be from 1 to 50"):
+        save_film(tmp_path / "film.gif", PICTURES, fps=fps)

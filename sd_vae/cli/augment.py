@@ -16,7 +16,7 @@ import tyro
 import sd_vae
 from sd_vae.cli import console
 from sd_vae.cli.default_vae import parse_with_vae
-from sd_vae.cli.tools import best_device, picture_progress, require_at_least
+from sd_vae.cli.tools import best_device, note_other_encoder, picture_progress, require_at_least
 from sd_vae.errors import UserError
 
 if TYPE_CHECKING:
@@ -121,6 +121,8 @@ def run(argv: list[str]) -> None:
     if args.sheet is not None:
         require_writable_target(args.sheet, overwrite=args.overwrite)
     vae = sd_vae.load_vae(args.vae, args.config, dtype=args.dtype, device=best_device(args.device))
+    for file, move in zip(args.direction, config.directions, strict=True):
+        note_other_encoder(str(file), move.encoder, vae, args.vae)
     if is_store:
         from sd_vae.cli.stores import require_encoder
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -11,7 +12,14 @@ import tyro
 import sd_vae
 from sd_vae.cli import console
 from sd_vae.cli.default_vae import holds_pictures, parse_with_vae
-from sd_vae.cli.tools import DistanceNet, best_device, load_distance, picture_progress, require_at_least
+from sd_vae.cli.tools import (
+    DistanceNet,
+    best_device,
+    load_distance,
+    note_other_encoder,
+    picture_progress,
+    require_at_least,
+)
 from sd_vae.errors import UserError
 
 if TYPE_CHECKING:
@@ -115,9 +123,13 @@ def _require_sense(args: Args) -> None:
     Raises:
         UserError: They contradict each other.
     """
-    from sd_vae.animation import FILM_SUFFIXES
+    from sd_vae.animation import FILM_SUFFIXES, MAX_FPS
 
     require_at_least(args, steps=2, side=1, fps=1)
+    if args.fps > MAX_FPS:
+        raise UserError(f"--fps is {args.fps}, it must be at most {MAX_FPS}.")
+    if not math.isfinite(args.strength):
+        raise UserError(f"--strength is {args.strength}, it must be a finite number.")
     kinds = (".png", ".jpg", ".jpeg", *FILM_SUFFIXES)
     if args.out.suffix.lower() not in kinds:
         raise UserError(f"--out is {args.out}, which ends like none of: {', '.join(kinds)}.")
@@ -156,7 +168,10 @@ def _read_ends(args: Args, vae: AutoencoderKL) -> list[Tensor]:
     from sd_vae.images import open_image, to_tensor
     from sd_vae.latents.stored_items import is_stored_item, read_stored_item
 
-    latents = {name: read_stored_item(name, vae) for name in args.ends if is_stored_item(name)}
+    latents: dict[str, Tensor] = {}
+    for name in filter(is_stored_item, args.ends):
+        latents[name], encoder = read_stored_item(name, vae)
+        note_other_encoder(name, encoder, vae, args.vae)
     images = {name: open_image(Path(name)) for name in args.ends if name not in latents}
     size = args.size
     if size is None and not args.native and images:
@@ -179,6 +194,7 @@ def _read_ends(args: Args, vae: AutoencoderKL) -> list[Tensor]:
 
         (z,) = latents.values()
         move = load_direction(args.direction)
+        note_other_encoder(str(args.direction), move.encoder, vae, args.vae)
         return [move(z, -args.strength), move(z, args.strength)]
     return [latents[name] for name in args.ends]
 

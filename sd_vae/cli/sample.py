@@ -11,7 +11,7 @@ import tyro
 import sd_vae
 from sd_vae.cli import console
 from sd_vae.cli.default_vae import parse_with_vae
-from sd_vae.cli.tools import best_device, picture_progress
+from sd_vae.cli.tools import best_device, picture_progress, require_at_least
 from sd_vae.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["Args", "run"]
 
 SHEET, LISTING = "sheet.png", "samples.json"
+MAX_SHOWN = 64
+"""Pictures on the sheet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,7 @@ class Args:
     vae: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="VAE")]
     """Folder, file or hub id of the VAE, or the name of one that ships; left out, `mini`."""
     out: Path
-    """Folder to write: sheet.png, the single pictures and samples.json."""
+    """Folder to write: sheet.png with the first 64, the single pictures and samples.json."""
     n: int = 16
     """How many pictures."""
     prior: Literal["normal", "fitted"] | None = None
@@ -80,8 +82,7 @@ def run(argv: list[str]) -> None:
     fitted = _is_fitted(args)
     if len(args.size) not in (1, 2):
         raise UserError(f"--size has {len(args.size)} values, give one side, or height and width.")
-    if args.side < 1:
-        raise UserError(f"--side is {args.side}, it must be at least 1.")
+    require_at_least(args, n=1, components=1, side=1)
     _require_target(args)
 
     from sd_vae.files import atomic_folder, write_json
@@ -99,8 +100,9 @@ def run(argv: list[str]) -> None:
             names.append(f"{number:04d}.png")
             picture = to_pil(one.x)
             picture.save(folder / names[-1])
-            picture.thumbnail((args.side, args.side))
-            pictures.append(picture)
+            if len(pictures) < MAX_SHOWN:
+                picture.thumbnail((args.side, args.side))
+                pictures.append(picture)
             progress(number + 1, args.n)
         contact_sheet(pictures, side=args.side).save(folder / SHEET)
         result = _result(args, prior, names)

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Literal
 from sd_vae.errors import UserError
 
 if TYPE_CHECKING:
+    from sd_vae.autoencoder import AutoencoderKL
     from sd_vae.losses import Perceptual
 
-__all__ = ["DistanceNet", "best_device", "load_distance", "picture_progress", "require_at_least"]
+__all__ = ["DistanceNet", "best_device", "load_distance", "note_other_encoder", "picture_progress", "require_at_least"]
 
 DistanceNet = Literal["alex", "squeeze", "vgg", "ms_dssim", "none"]
-"""What may measure a perceptual distance: LPIPS on a network, multi-scale SSIM, which needs no weights, or nothing."""
+"""What may measure a perceptual distance: LPIPS on a network, structural dissimilarity, which needs no weights, or nothing."""
 
 
 def best_device(name: str) -> str:
@@ -66,6 +67,28 @@ def picture_progress(label: str, total: int | None = None) -> Iterator[Callable[
             bar.update(done - bar.n)
 
         yield show
+
+
+def note_other_encoder(what: str, encoder: str | None, vae: AutoencoderKL, name: str) -> None:
+    """Say so where latents are another encoder's, or of this one in another dtype.
+
+    Args:
+        what: What they are of.
+        encoder: Fingerprint of what made them; None where nothing tells.
+        vae: The VAE that is to decode them.
+        name: What to call it.
+    """
+    if encoder is None:
+        return
+    from sd_vae.cli.console import say
+    from sd_vae.latents import encoder_fingerprint
+
+    given = encoder_fingerprint(vae)
+    if given != encoder:
+        say(
+            f"note: {what} was made by the encoder {encoder[:12]}, {name} has {given[:12]}; what follows is right only "
+            "if both share one latent space."
+        )
 
 
 def require_at_least(args: object, **least: float) -> None:

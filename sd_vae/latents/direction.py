@@ -117,7 +117,7 @@ def direction(
     ]
     areas = [_auroc(*([place for side, place in places if side == half] for places in placed)) for half in (0, 1)]
     return Direction(
-        vector=(sum(sums_positive) / len(positive) - sum(sums_negative) / len(negative)).float(),
+        vector=(_total(sums_positive) / len(positive) - _total(sums_negative) / len(negative)).float(),
         num_positive=len(positive),
         num_negative=len(negative),
         separation=sum(areas) / 2,
@@ -197,6 +197,11 @@ def _sum_halves(
         else:
             sums[index % 2] = sums[index % 2] + z
     return sums
+
+
+def _total(halves: Sequence[Tensor]) -> Tensor:
+    even, odd = halves
+    return even + odd
 
 
 def _num_in_half(group: Sequence[Tensor], half: int) -> int:

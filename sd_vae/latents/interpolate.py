@@ -140,7 +140,7 @@ def interpolate_grid(
         raise UserError(f"steps is {steps}, it must be at least 2: the corners themselves.")
     walker = _Walker(vae, None, progress or (lambda done, total: None), steps**2)
     places = torch.linspace(0.0, 1.0, steps)
-    top, bottom = (blend(vae, *corners[row : row + 2], places, path) for row in (0, 2))
+    top, bottom = (blend(vae, corners[row], corners[row + 1], places, path) for row in (0, 2))
     columns = [blend(vae, above, below, places, path) for above, below in zip(top, bottom, strict=True)]
     x = walker.decode(torch.stack(columns, dim=1).flatten(0, 1))
     return x.unflatten(0, (steps, steps))

@@ -57,10 +57,11 @@ LEAST_PICTURES = 4
 class Prior(Protocol):
     """A distribution over raw latents of any size."""
 
-    num_channels: int
-    """C."""
+    @property
+    def num_channels(self) -> int:
+        """C."""
 
-    def draw(self, height: int, width: int, *, temperature: float, generator: torch.Generator) -> Tensor:
+    def draw(self, height: int, width: int, *, temperature: float = 1.0, generator: torch.Generator) -> Tensor:
         """Return one z (C, height, width), float32 on the CPU; `temperature` scales what departs from the mean."""
 
 

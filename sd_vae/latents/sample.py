@@ -60,23 +60,21 @@ def sample(
         UserError: A number out of range, a size that the VAE cannot make, or a prior of other channels.
     """
     channels = int(vae.config.latent_channels)
-    prior = prior or NormalPrior(channels)
+    source: Prior = NormalPrior(channels) if prior is None else prior
     if num < 1:
         raise UserError(f"num is {num}, it must be at least 1.")
     if not 0.0 <= temperature < float("inf"):
         raise UserError(f"temperature is {temperature}, it must be a finite number of at least 0.")
     if min(size) < 1 or any(side % vae.factor for side in size):
         raise UserError(f"size is {size[0]}x{size[1]} pixels, both sides must be multiples of {vae.factor}.")
-    if prior.num_channels != channels:
+    if source.num_channels != channels:
         raise UserError(
-            f"the prior is of {prior.num_channels} latent channels, the VAE takes {channels}; fit it to latents of "
+            f"the prior is of {source.num_channels} latent channels, the VAE takes {channels}; fit it to latents of "
             "this VAE."
         )
     height, width = (side // vae.factor for side in size)
-    return (
-        _decoded(vae, prior.draw(height, width, temperature=temperature, generator=generator_of(seed, "sample", index)))
-        for index in range(num)
-    )
+    generators = (generator_of(seed, "sample", index) for index in range(num))
+    return (_decoded(vae, source.draw(height, width, temperature=temperature, generator=one)) for one in generators)
 
 
 def generator_of(seed: int, *key: int | str) -> torch.Generator:

@@ -33,8 +33,8 @@ class StoredModes:
         from sd_vae.latents.store import LatentStore
 
         self.description = LatentStore.open(Path(folder)).description
-        content = "sample" if self.description.content == "sample" else "mode"
-        self._dataset = LatentDataset(folder, content=content, columns=())
+        holds_samples = self.description.content == "sample"
+        self._dataset = LatentDataset(folder, content="sample" if holds_samples else "mode", columns=())
 
     def __len__(self) -> int:
         """Return the number of items."""
@@ -56,8 +56,8 @@ def is_stored_item(name: str) -> bool:
     return bool(mark) and (Path(folder) / STORE).is_file()
 
 
-def read_stored_item(name: str, vae: AutoencoderKL) -> Tensor:
-    """Return the raw latent (C, h, w) that STORE#N names.
+def read_stored_item(name: str, vae: AutoencoderKL) -> tuple[Tensor, str]:
+    """Return the raw latent (C, h, w) that STORE#N names, and the fingerprint of the encoder that made it.
 
     Args:
         name: The store and the number of the item, from 0.
@@ -75,4 +75,4 @@ def read_stored_item(name: str, vae: AutoencoderKL) -> Tensor:
         raise UserError(
             f"{name} has {len(z)} channels, the VAE takes {vae.config.latent_channels}; give the VAE that made it."
         )
-    return z
+    return z, modes.description.encoder

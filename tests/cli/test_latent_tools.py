@@ -1,7 +1,6 @@
 """`sd-vae sample`, `interpolate`, `latents direction`, `augment`: what they write, what they refuse."""
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +92,7 @@ def test_sample_fits_the_prior_where_there_is_data(capsys: pytest.CaptureFixture
         ),
         ("sample start --out o --size 8 8 8", "--size has 3 values, give one side, or height and width"),
         ("sample start --out o --size 7", "size is 7x7 pixels, both sides must be multiples of 2"),
-        ("sample start --out o --n 0", "num is 0, it must be at least 1"),
+        ("sample start --out o --n 0 --components 0", "--n is 0, it must be at least 1; --components is 0, it must be"),
         ("sample start --out o --side 0", "--side is 0, it must be at least 1"),
         ("sample start --out photos --overwrite", "photos exists and is not a folder of samples (it holds 0.png)"),
         ("sample start --out o --data photos", "photos is not a latent store, it has no store.json"),
@@ -140,14 +139,14 @@ def test_interpolate_says_that_distances_are_left_out(capsys: pytest.CaptureFixt
 
 @pytest.mark.usefixtures("place")
 def test_interpolate_measures_neighbours(capsys: pytest.CaptureFixture[str]) -> None:
-    command = "interpolate start photos/0.png photos/1.png --size 48 --steps 4 --net ms_ssim"
+    command = "interpolate start photos/0.png photos/1.png --size 48 --steps 4 --net ms_dssim"
 
     found = _json(f"{command} --path geodesic --out o.png", capsys)
 
-    assert found["distance"] == "ms_ssim"
+    assert found["distance"] == "ms_dssim"
     assert len(found["distances"]) == 3
     assert _run(f"{command} --out o.gif") == 0
-    assert "ms_ssim to the one before" in capsys.readouterr().out
+    assert "ms_dssim to the one before" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("out", "frames"), [("o.gif", 4), ("o.webp", 4)])
@@ -162,13 +161,13 @@ def test_interpolate_writes_a_film(out: str, frames: int) -> None:
 def test_interpolate_spans_a_grid(capsys: pytest.CaptureFixture[str]) -> None:
     photos = " ".join(f"photos/{number}.png" for number in range(4))
 
-    found = _json(f"interpolate start {photos} --grid --steps 3 --net ms_ssim --size 48 --out o.png", capsys)
+    found = _json(f"interpolate start {photos} --grid --steps 3 --net ms_dssim --size 48 --out o.png", capsys)
 
     assert (len(found["distances_right"]), len(found["distances_below"])) == (3, 2)
     with Image.open("o.png") as sheet:
         assert sheet.size == (152, 152)
-    assert _run(f"interpolate start {photos} --grid --steps 2 --net ms_ssim --size 48 --out p.png") == 0
-    assert "ms_ssim to the right" in capsys.readouterr().out
+    assert _run(f"interpolate start {photos} --grid --steps 2 --net ms_dssim --size 48 --out p.png") == 0
+    assert "ms_dssim to the right" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("store")
@@ -191,6 +190,25 @@ def test_interpolate_moves_one_picture_along_a_direction(capsys: pytest.CaptureF
     assert "strength" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("way")
+def test_tools_say_when_latents_are_of_another_encoder(
+    tiny_vae: AutoencoderKL, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.nn.init.zeros_(tiny_vae.quant_conv.bias)
+    tiny_vae.save_pretrained("other")
+    common = "--steps 2 --net none --direction way.safetensors"
+
+    assert _run(f"interpolate other store#0 {common} --out o.png") == 0
+
+    said = capsys.readouterr().err
+    assert "note: store#0 was made by the encoder" in said
+    assert "note: way.safetensors was made by the encoder" in said
+    assert _run(f"interpolate start store#0 {common} --out p.png") == 0
+    assert "note:" not in capsys.readouterr().err
+    assert _run("augment other photos --size 16 --workers 0 --per-image 1 --direction way.safetensors --out o") == 0
+    assert "note: way.safetensors was made by the encoder" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("place")
 def test_interpolate_keeps_sizes_where_asked(capsys: pytest.CaptureFixture[str]) -> None:
     assert _run("interpolate start photos/0.png photos/1.png --native --steps 2 --net none --out o.png") == 0
@@ -209,6 +227,11 @@ A_B = "photos/0.png photos/1.png"
         (f"{A_B} --out photos/0.png", "photos/0.png exists; choose another place or pass --overwrite"),
         (f"{A_B} --out o.png --steps 1", "--steps is 1, it must be at least 2"),
         (f"{A_B} --out o.png --steps 1 --fps 0", "--steps is 1, it must be at least 2; --fps is 0"),
+        (f"{A_B} --out o.png --fps 51", "--fps is 51, it must be at most 50"),
+        (
+            "photos/0.png --direction way.safetensors --strength nan --out o.png",
+            "--strength is nan, it must be a finite",
+        ),
         (f"{A_B} --out o.png --size 17", "--size is 17, it must be a multiple of the VAE's factor 2"),
         (f"{A_B} --out o.png --size 16 --native", "--native keeps the pictures' size and --size is 16; leave one"),
         (f"{A_B} --out o.png --grid", "--grid has 4 corners and 2 pictures are given; give 4"),
@@ -221,8 +244,8 @@ A_B = "photos/0.png photos/1.png"
             "HF_HUB_OFFLINE forbids to download it; copy it there, or point --weights",
         ),
         (f"{A_B} --out o.png --path geodesic --net none", "--path is geodesic and --net none, which measures nothing"),
-        (f"{A_B} --out o.png --net ms_ssim --weights w", "--weights is w but --net is ms_ssim; say whose weights"),
-        (f"{A_B} --out o.png --net ms_ssim", "ms_ssim needs images of at least 44x44 pixels, these are 40x40"),
+        (f"{A_B} --out o.png --net ms_dssim --weights w", "--weights is w but --net is ms_dssim; say whose weights"),
+        (f"{A_B} --out o.png --net ms_dssim", "ms_dssim needs images of at least 44x44 pixels, these are 40x40"),
         (f"{A_B} --out o.png --weights nope", "there is no LPIPS backbone nope; check --weights"),
         ("photos/0.png nope.png --out o.png", "there is no picture nope.png"),
         ("photos/0.png store#4 --out o.png", "store#4 names no item: store holds 4, the first is store#0"),
@@ -233,8 +256,7 @@ A_B = "photos/0.png photos/1.png"
 )
 @pytest.mark.usefixtures("way")
 def test_interpolate_refuses(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with warnings.catch_warnings():
-        assert _run(f"interpolate start {arguments}") == 2
+    assert _run(f"interpolate start {arguments}") == 2
 
     output = capsys.readouterr()
     assert message in output.err
