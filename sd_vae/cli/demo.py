@@ -73,8 +73,8 @@ def run(argv: list[str]) -> None:
     perceptual = config.loss.perceptual
     say("2/5 training the mini preset from random weights")
     say(
-        f"  NOTE: the perceptual term is {perceptual.net} (multi-scale structural dissimilarity), not LPIPS, whose network "
-        "is a download; real recipes use LPIPS"
+        f"  NOTE: the perceptual term is {perceptual.net} (multi-scale structural dissimilarity), not LPIPS, whose "
+        "network is a download; real recipes use LPIPS"
     )
     from training import train
 
