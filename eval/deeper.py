@@ -19,7 +19,7 @@ from sd_vae.errors import UserError
 
 from .measures import Measures
 from .metrics import psnr_db
-from .models import decode, encode, require_autoencoder
+from .models import decode, encode, quiet_diffusers, require_autoencoder
 from .photos import fit_photo
 from .probes import Findings, Probe, Trial
 from .protocols import Protocol
@@ -138,7 +138,9 @@ class DtypeCheck:
                 "--dtype out."
             )
         self._name, self._dtype = name, dtype
-        self._route = VaeRoute(name, copy.deepcopy(vae).to(getattr(torch, dtype)).eval(), protocol)
+        with quiet_diffusers():
+            half = copy.deepcopy(vae).to(getattr(torch, dtype)).eval()
+        self._route = VaeRoute(name, half, protocol)
 
     def __call__(self, trial: Trial) -> Mapping[str, float]:
         """Return the PSNR that half precision loses, and how close its picture is to the float32 one."""

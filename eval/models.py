@@ -33,6 +33,7 @@ __all__ = [
     "encode",
     "factor_of",
     "load_autoencoder",
+    "quiet_diffusers",
     "require_autoencoder",
     "weights_fingerprint",
 ]
@@ -155,7 +156,7 @@ def load_autoencoder(
         return load_vae(path, config, dtype=dtype, device=device)
     from sd_vae.checkpoints.formats import as_dtype
 
-    with _quiet():  # diffusers remarks on every change of dtype
+    with quiet_diffusers():
         return vae.to(device, as_dtype(dtype)).eval()
 
 
@@ -200,7 +201,7 @@ def _load_folder(place: Path, class_name: str | None) -> Any:
     import diffusers
 
     try:
-        with _quiet():
+        with quiet_diffusers():
             vae, report = getattr(diffusers, class_name).from_pretrained(
                 place, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
             )
@@ -240,8 +241,8 @@ def _load_tiny(file: Path) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep diffusers from logging."""
+def quiet_diffusers() -> Iterator[None]:
+    """Keep diffusers from logging, such as its remark on every change of dtype."""
     from diffusers.utils import logging
 
     verbosity = logging.get_verbosity()

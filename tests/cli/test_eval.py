@@ -47,6 +47,13 @@ def test_eval_puts_baselines_and_codecs_beside_and_compares(place):
     assert {"Rate"} == {plot["title"] for plot in evaluation["plots"]}
 
 
+def test_eval_draws_codecs_over_the_rate_when_asked(place):
+    run_eval("start", "photos", "--out", "out", *QUICK, "JPEG", "--rates")
+
+    (plot,) = report_in(place / "out")["evaluation"]["plots"]
+    assert {name: len(line) for name, line in plot["lines"].items()} == {"start": 1, "JPEG": 5}
+
+
 def test_eval_twice_gives_the_same_report(place):
     for name in ("one", "two"):
         run_eval("start", "photos", "--out", name, *QUICK, "JPEG", "--round-trips", 2, "--size", 24)

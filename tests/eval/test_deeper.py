@@ -1,3 +1,5 @@
+import logging
+
 import pytest
 import torch
 
@@ -59,6 +61,14 @@ def test_dtype_check_passes_bfloat16_and_leaves_the_model_alone(tiny_vae, photos
     assert (check.title, check.row, check.passed) == ("bfloat16 against float32", "ours", True)
     assert check.facts["photos that did not come back"] == "0 of 3"
     assert next(tiny_vae.parameters()).dtype == torch.float32
+
+
+def test_dtype_check_is_not_remarked_on_by_diffusers(tiny_vae, photos, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("diffusers"), "handlers", [caplog.handler])
+
+    evaluate({"ours": tiny_vae}, {"cat": photos["cat"]}, protocol=PSNR, deeper=Deeper(dtypes=("bfloat16",)))
+
+    assert caplog.messages == []
 
 
 def test_dtype_check_counts_photos_that_overflow(tiny_vae, photos, monkeypatch):

@@ -66,6 +66,14 @@ def test_chart_gives_a_row_the_same_colour_and_mark_in_every_plot(evaluate_made)
     assert (first.lines[1].colour, first.lines[1].key) == (second.lines[0].colour, second.lines[0].key)
 
 
+def test_chart_draws_a_codecs_curve_in_the_colour_of_its_row(evaluate_made):
+    evaluation = evaluate_made(**{"a": (1.0,), "b": (1.0,), "JPEG at equal bits": (1.0,)})
+
+    drawn = chart(plot_of(a=((1, 2.0),), JPEG=((1, 2.0), (2, 3.0))), PSNR, evaluation)
+
+    assert [(line.name, line.colour) for line in drawn.lines] == [("a", 0), ("JPEG", 2)]
+
+
 def test_chart_of_a_line_that_is_no_row_has_its_own_colour(evaluate_made):
     drawn = chart(plot_of(a=((1, 2.0),), jpeg=((1, 3.0),)), PSNR, evaluate_made(a=(1.0,)))
 
