@@ -6,6 +6,7 @@ Rows are told apart by colour and by the shape of their marks. Values that are n
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +37,9 @@ STRIP_SPREAD = 9
 
 MIN_SPAN = 0.2
 """x spans at least this part of its largest value, so that rates matched to a thousandth stand over each other."""
+
+MAX_TICKS, MIN_TICK_GAP = 8, 36.0
+"""Up to so many whole numbers along x are all marked, where so many SVG units lie between them."""
 
 NUM_COLOURS = 6
 """Colours of rows in the style sheet; a seventh row has the first again, with another mark."""
@@ -156,7 +160,7 @@ def chart(plot: Plot, metric: Metric, evaluation: Evaluation) -> Chart:
         x_label=plot.x_label + (" (log scale)" if across.is_log else ""),
         y_label=metric.heading,
         lines=tuple(lines),
-        x_ticks=across.ticks(),
+        x_ticks=_ticks_at(across, sorted({x for x, _ in every})),
         y_ticks=up.ticks(),
     )
 
@@ -202,6 +206,16 @@ def mark(number: int, x: float, y: float, size: float = 4.5) -> str:
     angles = (math.radians(first) + math.tau * corner / corners for corner in range(corners))
     radius = 1.25 * size  # a polygon inside a circle looks smaller than the circle
     return "M" + "L".join(f"{x + radius * math.cos(a):.1f},{y + radius * math.sin(a):.1f}" for a in angles) + "z"
+
+
+def _ticks_at(across: Axis, values: Sequence[float]) -> tuple[Tick, ...]:
+    """Ticks at whole numbers that were tried, such as sizes, where they are few and apart; else at round values."""
+    if not across.is_whole or not 2 <= len(values) <= MAX_TICKS:
+        return across.ticks()
+    places = across.place(np.array(values)).tolist()
+    if min(right - left for left, right in itertools.pairwise(places)) < MIN_TICK_GAP:
+        return across.ticks()
+    return tuple(Tick(round(place, 1), f"{value:.0f}") for place, value in zip(places, values, strict=True))
 
 
 def _column(points: Sequence[tuple[float, float]], index: int) -> np.ndarray:

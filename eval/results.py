@@ -45,6 +45,11 @@ class Interval:
     high: float
     """Upper end of the 95% interval."""
 
+    @property
+    def has_ends(self) -> bool:
+        """Whether there is an interval: one photo, or a value that is not finite, has none."""
+        return math.isfinite(self.low) and math.isfinite(self.high)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:

@@ -156,7 +156,9 @@ def _card(evaluation: Evaluation) -> str:
         for row in rows:
             value = {**row.means, **row.pooled}[name]
             interval = row.intervals.get(name)
-            spread = f" [{metric.format(interval.low)}, {metric.format(interval.high)}]" if interval else ""
+            spread = ""
+            if interval is not None and interval.has_ends:
+                spread = f" [{metric.format(interval.low)}, {metric.format(interval.high)}]"
             cells.append(metric.format(value) + spread)
         lines.append(f"| {metric.heading} | {' | '.join(cells)} |")
     settings = [f"- {name}: {value}" for name, value in stamp.items() if name not in ("name", "version", "photos")]

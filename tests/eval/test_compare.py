@@ -29,6 +29,16 @@ def test_interval_is_that_of_scipys_bootstrap_widened_for_few_photos():
     assert (found.low, found.high) == pytest.approx(tuple(theirs), abs=0.15)
 
 
+def test_interval_ends_where_students_t_puts_them_among_the_draws():
+    bootstrap = Bootstrap(NAMES[:6])
+
+    found = bootstrap.intervals({"psnr_db": VALUES[:6].tolist()})["psnr_db"]
+
+    level = stats.norm.cdf(-math.sqrt(6 / 5) * stats.t.ppf(0.975, 5))
+    ends = np.quantile(bootstrap.means(VALUES[:6, None])[:, 0], [level, 1 - level])
+    assert (found.low, found.high) == pytest.approx(tuple(ends), rel=1e-12)
+
+
 def test_interval_covers_the_truth_as_often_as_it_says():
     rng = np.random.default_rng(0)
     bootstrap = Bootstrap(NAMES[:10])

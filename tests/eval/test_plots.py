@@ -103,6 +103,15 @@ def test_chart_counts_whole_numbers_in_whole_numbers(evaluate_made):
     assert all(float(tick.label).is_integer() for tick in drawn.x_ticks)
 
 
+def test_chart_marks_the_sizes_that_were_tried(evaluate_made):
+    few = chart(plot_of(a=((96, 1.0), (192, 2.0), (512, 3.0))), PSNR, evaluate_made(a=(1.0,)))
+    close = chart(plot_of(a=((96, 1.0), (100, 2.0), (512, 3.0))), PSNR, evaluate_made(a=(1.0,)))
+
+    assert [tick.label for tick in few.x_ticks] == ["96", "192", "512"]
+    assert [tick.at for tick in few.x_ticks] == [x for x, _ in points(few.lines[0].points)]
+    assert [tick.label for tick in close.x_ticks] != ["96", "100", "512"]
+
+
 def test_chart_of_a_wide_range_is_logarithmic_and_says_so(evaluate_made):
     drawn = chart(plot_of(a=((0.1, 20.0), (1.0, 30.0), (10.0, 40.0))), PSNR, evaluate_made(a=(1.0,)))
 

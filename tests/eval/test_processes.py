@@ -40,7 +40,7 @@ def results(script: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> tup
         capture_output=True,
         text=True,
         check=False,
-        timeout=500,
+        timeout=900,
         cwd=root,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""},
     )

@@ -150,3 +150,9 @@ def test_photos_out_of_reach_end_the_validation(tiny_vae, images):
 
     with pytest.raises(UnreachableError, match="no route to the photos"):
         Validator(size=20)(tiny_vae, images)
+
+
+def test_a_card_of_one_photo_has_no_interval(tiny_vae, photos):
+    card = Validator(size=20)(tiny_vae, Photos({"cat": photos["cat"]})).card
+
+    assert "[" not in card.partition("\n| PSNR")[2].partition("What the protocol says")[0]
