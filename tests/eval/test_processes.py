@@ -15,6 +15,8 @@ import torch
 from eval.protocols import IMAGE_METRICS, SET_METRICS
 from sd_vae.latents.processes import Processes
 
+pytestmark = pytest.mark.slow  # three starts of every network
+
 SCRIPT = Path(__file__).with_name("processes.py")
 
 
