@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["DistanceNet", "best_device", "load_distance", "note_other_encoder", "picture_progress", "require_at_least"]
 
 DistanceNet = Literal["alex", "squeeze", "vgg", "ms_dssim", "none"]
-"""What may measure a perceptual distance: LPIPS on a network, structural dissimilarity, which needs no weights, or nothing."""
+"""What may measure a distance: LPIPS on a network, structural dissimilarity, which needs no weights, or nothing."""
 
 
 def best_device(name: str) -> str:
