@@ -133,7 +133,7 @@ def run(argv: list[str]) -> None:
     pictures = _pictures(args.validation or args.data)
     report = {"vae": args.vae, "data": args.data, "steps": len(done), "seconds": seconds} | done[-1].losses
     report |= {"measured_on": "validation" if args.validation else "training pictures"}
-    report |= _save(vae, student, pictures, args)
+    report |= _save(vae, student, pictures, report, args)
     if stopped_at is not None:
         raise KeyboardInterrupt(f"stopped after {stopped_at} steps; what was learned is in {args.out}, see --start.")
     if args.json:
@@ -167,7 +167,9 @@ def _pictures(spec: str) -> list[Image.Image]:
     return [images.load(index * len(images) // count) for index in range(count)]
 
 
-def _save(vae: AutoencoderKL, student: AutoencoderTiny, pictures: list[Image.Image], args: Args) -> dict[str, Any]:
+def _save(
+    vae: AutoencoderKL, student: AutoencoderTiny, pictures: list[Image.Image], report: dict[str, Any], args: Args
+) -> dict[str, Any]:
     """Write the folder; returns what the student is worth."""
     from sd_vae.checkpoints.formats import write_safetensors
     from sd_vae.files import atomic_folder, write_json
@@ -182,7 +184,7 @@ def _save(vae: AutoencoderKL, student: AutoencoderTiny, pictures: list[Image.Ima
         except UserError as error:
             found["comfyui"] = f"no {COMFYUI}: {error}"
         contact_sheet(rows, columns=3).save(folder / "comparison.jpg", quality=85)
-        write_json(folder / "report.json", found)
+        write_json(folder / "report.json", report | found)
     return {"out": str(args.out), **found}
 
 

@@ -72,6 +72,15 @@ def test_sensitivity_is_the_length_of_the_jacobians_columns(tiny_vae, x) -> None
     torch.testing.assert_close(drawn, exact, rtol=0.1, atol=0)
 
 
+def test_compress_works_in_inference_mode(tiny_vae, x) -> None:
+    outside = compress(tiny_vae, x)
+
+    with torch.inference_mode():
+        inside = compress(tiny_vae, x.clone())
+
+    assert inside.data == outside.data
+
+
 def test_sensitivity_leaves_the_weights_without_gradients(tiny_vae, x) -> None:
     sensitivity(tiny_vae, probe(x, 2))
 
@@ -178,7 +187,9 @@ def test_decompress_refuses_latents_of_another_shape(tiny_vae, x) -> None:
 
 
 def test_decompress_refuses_a_picture_that_is_too_large(tiny_vae, x) -> None:
-    with pytest.raises(UserError, match="a picture of 70x53 pixels, more than the 100 that are accepted"):
+    with pytest.raises(
+        UserError, match="a picture of 70x53 pixels and 3780 numbers, more than the 100 that are accepted"
+    ):
         decompress(tiny_vae, compress(tiny_vae, x).data, max_pixels=100)
 
 

@@ -24,10 +24,10 @@ def with_sums(data: bytes, steps: int = 4) -> bytes:
     return head + struct.pack("<I", zlib.crc32(head)) + body + struct.pack("<I", zlib.crc32(body))
 
 
-def changed(data: bytes, at: int, kind: str, value: float) -> bytes:
-    """The file with one field of its header set, and right checksums."""
+def changed(data: bytes, at: int, kind: str, *values: float) -> bytes:
+    """The file with fields of its header set, and right checksums."""
     end = at + struct.calcsize(kind)
-    return with_sums(data[:at] + struct.pack(kind, value) + data[end:])
+    return with_sums(data[:at] + struct.pack(kind, *values) + data[end:])
 
 
 def test_container_round_trip_keeps_everything() -> None:
@@ -45,7 +45,7 @@ def test_read_gives_multiples_of_the_steps() -> None:
 
     for plane, step in zip(held.z[0], (0.5, 1.0, 2.0, 4.0), strict=True):
         assert bool((plane % step == 0).all())
-    assert (held.width, held.height, held.channels) == (30, 22, 4)
+    assert (held.width, held.height, held.z.shape) == (30, 22, (1, 4, 11, 15))
 
 
 @pytest.mark.parametrize(
@@ -61,8 +61,12 @@ def test_read_gives_multiples_of_the_steps() -> None:
         (lambda data: data + b"\0", "goes on after its end"),
         (lambda data: data[:13] + bytes([data[13] ^ 1]) + data[14:], "the checksum of its header is wrong"),
         (lambda data: data[:-9] + bytes([data[-9] ^ 128]) + data[-8:], "the checksum of its latents is wrong"),
-        (lambda data: changed(data, 12, "<I", 1 << 31), "2147483648x22 pixels, more than the 89478485 that"),
+        (lambda data: changed(data, 12, "<I", 1 << 31), "2147483648x22 pixels and .* numbers, more than"),
         (lambda data: changed(data, 11, "<B", 1), "flags 0x1"),
+        (
+            lambda data: changed(data, 10, "<BBIIBB", 1, 0, 8000, 8000, 0, 0),
+            "8000x8000 pixels and 256000000 numbers, more than the 89478485 that",
+        ),
         (lambda data: changed(data, 12, "<I", 0), "a padding of|a picture of 0x22"),
         (lambda data: changed(data, 10, "<B", 0), "a factor of 0"),
         (lambda data: changed(data, 10, "<B", 65), "a factor of 65"),

@@ -124,22 +124,23 @@ def decompress(
     Raises:
         UserError: The file is none, damaged, cut off or too large, its VAE is another, or `constriction` is missing.
     """
-    held = read(data, name=name, max_pixels=max_pixels)
+    container = Container.from_bytes(data, name=name, max_pixels=max_pixels)
     channels = int(vae.config.latent_channels)
-    if (held.channels, held.factor) != (channels, vae.factor):
+    if (len(container.steps), container.factor) != (channels, vae.factor):
         raise UserError(
-            f"{name} holds latents of {held.channels} channels and factor {held.factor}, this VAE has {channels} and "
-            f"{vae.factor}; give the VAE that compressed it."
+            f"{name} holds latents of {len(container.steps)} channels and factor {container.factor}, this VAE has "
+            f"{channels} and {vae.factor}; give the VAE that compressed it."
         )
     digits = decoder_fingerprint(vae)[:FINGERPRINT_DIGITS]
-    if digits != held.vae and not allow_other_vae:
+    if digits != container.vae and not allow_other_vae:
         raise UserError(
-            f"{name} was compressed for the decoder {held.vae[:12]}, this VAE has {digits[:12]}; give the VAE that "
-            "compressed it, or allow another one."
+            f"{name} was compressed for the decoder {container.vae[:12]}, this VAE has {digits[:12]}; give the VAE "
+            "that compressed it, or allow another one."
         )
+    z = _numbers(container, name)
     with torch.no_grad():
-        x = vae.decode(held.z.to(vae.device, vae.dtype)).sample
-    return crop(x, held.height, held.width)
+        x = vae.decode(z.to(vae.device, vae.dtype)).sample
+    return crop(x, container.height, container.width)
 
 
 @dataclass(frozen=True)
@@ -159,11 +160,6 @@ class Held:
     note: str
     """What was done to the picture before."""
 
-    @property
-    def channels(self) -> int:
-        """C."""
-        return self.z.shape[1]
-
 
 def read(data: bytes, *, name: str = "the file", max_pixels: int = MAX_PIXELS) -> Held:
     """Return what a file holds, checked from end to end.
@@ -177,12 +173,17 @@ def read(data: bytes, *, name: str = "the file", max_pixels: int = MAX_PIXELS) -
         UserError: The file is none, damaged, cut off or too large, or `constriction` is missing.
     """
     container = Container.from_bytes(data, name=name, max_pixels=max_pixels)
+    z = _numbers(container, name)
+    return Held(z, container.width, container.height, container.factor, container.vae, container.note)
+
+
+def _numbers(container: Container, name: str) -> Tensor:
+    """The latents (1, C, h, w) of a file."""
     try:
         values = decode_lattice(container.model, container.code, container.shape)
     except ValueError as error:
         raise UserError(f"{name} breaks the format ({error}); write it anew.") from None
-    z = dequantise(values, np.array(container.steps, np.float32))
-    return Held(z, container.width, container.height, container.factor, container.vae, container.note)
+    return dequantise(values, np.array(container.steps, np.float32))
 
 
 def quantise(z: Tensor, steps: NDArray[np.float32]) -> NDArray[np.int32]:

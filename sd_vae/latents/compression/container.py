@@ -96,7 +96,7 @@ class Container:
         Args:
             data: The file.
             name: What to call it in errors.
-            max_pixels: Largest picture to accept.
+            max_pixels: Most pixels to accept, and most numbers.
 
         Raises:
             UserError: Not such a file, of another version, cut off, damaged, or with a picture that is too large.
@@ -119,10 +119,11 @@ class Container:
             )
         body_at = head_size + _SUM.size
         _require_sum(data, body_at, body_size, "latents", name)
-        if width * height > max_pixels:
+        numbers = channels * -(-height // max(factor, 1)) * -(-width // max(factor, 1))
+        if max(width * height, numbers) > max_pixels:
             raise UserError(
-                f"{name} holds a picture of {width}x{height} pixels, more than the {max_pixels} that are accepted; "
-                "allow more if you trust it."
+                f"{name} holds a picture of {width}x{height} pixels and {numbers} numbers, more than the {max_pixels} "
+                "that are accepted; allow more if you trust it."
             )
         steps = struct.unpack_from(f"<{channels}f", data, _HEAD.size)
         body = memoryview(data)[body_at : body_at + body_size]

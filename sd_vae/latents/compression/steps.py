@@ -102,14 +102,15 @@ def sensitivity(vae: AutoencoderKL, x: Tensor) -> Sensitivity:
         vae: The VAE.
         x: Probes (B, 3, H, W) in [-1, 1], sides divisible by the factor.
     """
-    x = x.to(vae.device, vae.dtype)
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
-    with torch.no_grad():
-        z = vae.encode(x).latent_dist.mode()
-    with torch.enable_grad():
-        z = z.detach().requires_grad_()
-        recon = vae.decode(z).sample
-        (gradient,) = torch.autograd.grad(recon, z, noise)
+    with torch.inference_mode(False):  # where the caller is in it, there would be no backward pass
+        x = x.to(vae.device, vae.dtype, copy=True)
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+        with torch.no_grad():
+            z = vae.encode(x).latent_dist.mode()
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            recon = vae.decode(z).sample
+            (gradient,) = torch.autograd.grad(recon, z, noise)
     squares = gradient.float().square().mean(dim=(0, 2, 3)).double().cpu()
     # A channel that the decoder ignores gets a coarse step, not an infinite one.
     gains = squares.sqrt().clamp(min=max(1e-6 * float(squares.max().sqrt()), 1e-12))
