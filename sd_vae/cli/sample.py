@@ -15,6 +15,8 @@ from sd_vae.cli.tools import best_device, picture_progress, require_at_least
 from sd_vae.errors import UserError
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from sd_vae.autoencoder import AutoencoderKL
     from sd_vae.latents.prior import FieldPrior
 
@@ -94,7 +96,8 @@ def run(argv: list[str]) -> None:
     prior = _fit(args, vae) if fitted else None
     size = (args.size[0], args.size[-1])
     drawn = sample(vae, prior, num=args.n, size=size, temperature=args.temperature, seed=args.seed)
-    names, pictures = [], []
+    names: list[str] = []
+    pictures: list[Image.Image] = []
     with atomic_folder(args.out, overwrite=args.overwrite) as folder, picture_progress("sampling", args.n) as progress:
         for number, one in enumerate(drawn):
             names.append(f"{number:04d}.png")

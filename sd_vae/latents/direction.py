@@ -17,7 +17,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from sd_vae.errors import UserError
 from sd_vae.files import atomic_file
@@ -25,13 +25,23 @@ from sd_vae.files import atomic_file
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Direction", "direction", "load_direction", "save_direction"]
+__all__ = ["Direction", "Latents", "direction", "load_direction", "save_direction"]
 
 FORMAT, VERSION = "sd-vae direction", 1
 TENSOR = "direction"
 
 LEAST_PICTURES = 2
 """Pictures a group needs: one in each half."""
+
+
+class Latents(Protocol):
+    """Latents (C, h, w) that can be counted, and gone through more than once."""
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yield them in order."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -72,8 +82,8 @@ class Direction:
 
 
 def direction(
-    positive: Sequence[Tensor],
-    negative: Sequence[Tensor],
+    positive: Latents,
+    negative: Latents,
     *,
     pooled: bool = False,
     encoder: str | None = None,
@@ -94,7 +104,7 @@ def direction(
     """
     total, num_done = 2 * (len(positive) + len(negative)), 0
 
-    def read(group: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
+    def read(group: Latents) -> Iterator[tuple[int, Tensor]]:
         nonlocal num_done
         for index, z in enumerate(group):
             yield index, z.double().mean(dim=(1, 2), keepdim=True) if pooled else z.double()
@@ -182,9 +192,7 @@ def load_direction(path: Path | str) -> Direction:
     )
 
 
-def _sum_halves(
-    name: str, group: Sequence[Tensor], read: Callable[[Sequence[Tensor]], Iterator[tuple[int, Tensor]]]
-) -> list[Tensor]:
+def _sum_halves(name: str, group: Latents, read: Callable[[Latents], Iterator[tuple[int, Tensor]]]) -> list[Tensor]:
     """Sums of a group's even and of its odd latents."""
     if len(group) < LEAST_PICTURES:
         raise UserError(f"there are {len(group)} {name} latents, at least {LEAST_PICTURES} are needed; give more.")
@@ -204,7 +212,7 @@ def _total(halves: Sequence[Tensor]) -> Tensor:
     return even + odd
 
 
-def _num_in_half(group: Sequence[Tensor], half: int) -> int:
+def _num_in_half(group: Latents, half: int) -> int:
     return (len(group) + 1 - half) // 2
 
 

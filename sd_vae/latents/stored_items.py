@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,10 @@ class StoredModes:
     def __len__(self) -> int:
         """Return the number of items."""
         return len(self._dataset)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yield z of each item in order."""
+        return map(self.__getitem__, range(len(self)))
 
     def __getitem__(self, index: int) -> Tensor:
         """Return z (C, h, w) of an item, float32 on the CPU.
