@@ -62,7 +62,7 @@ class Args:
     """Side of the square crops, in pixels, a multiple of the VAE's factor."""
     lr: float = 5e-4
     """Largest learning rate."""
-    perceptual_net: Literal["none", "alex", "squeeze", "vgg", "ms_ssim"] = "none"
+    perceptual_net: Literal["none", "alex", "squeeze", "vgg", "ms_dssim"] = "none"
     """Judge the decoder by a perceptual distance too: LPIPS on that network, or multi-scale SSIM."""
     perceptual_backbone: str | None = None
     """File with the torchvision weights of the LPIPS network; by default the torch hub cache."""

@@ -1,7 +1,10 @@
 """`sd-vae app`: the page's arithmetic, and the page in a real browser."""
 
 import shutil
+import signal
+import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import skimage.data
@@ -96,16 +99,29 @@ def test_app_refuses(place, capsys, arguments, words) -> None:
 
 
 @pytest.fixture
-def page(playground, monkeypatch):
+def url(place) -> Iterator[str]:
+    """Where the command serves its page, as a process of its own, which Ctrl-C ends."""
+    command = [sys.executable, "-m", "sd_vae", "app", "start", "--port", "0", "--max-side", "64"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as served:
+        lines = []
+        for line in served.stderr:
+            lines.append(line)
+            if "(Ctrl-C ends it)" in line:
+                break
+        assert lines, "the command ended at once"
+        assert lines[-1].startswith("http://127.0.0.1:"), "".join(lines)
+        yield lines[-1].split()[0]
+        served.send_signal(signal.SIGINT)
+        assert served.wait() == 130
+
+
+@pytest.fixture
+def page(url):
     """The page in Chromium; `page.requests` and `page.problems` fill as they come."""
     path = next((found for name in BROWSERS if (found := shutil.which(name))), None)
     if path is None:
         pytest.skip("no Chromium on this machine; on Debian: apt-get install chromium")
-    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
-    pytest.importorskip("gradio", reason="no Gradio; pip install 'sd-vae[app]'")
     sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright; pip install 'sd-vae[test]'")
-    served = build_page(playground, "tiny")
-    _, url, _ = served.launch(prevent_thread_lock=True, quiet=True, ssr_mode=False, footer_links=[])
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
         page = browser.new_page()
@@ -116,11 +132,9 @@ def page(playground, monkeypatch):
         page.goto(url)
         yield page
         browser.close()
-    served.close(verbose=False)
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # Gradio's and its web server's own
 def test_page_in_chromium(page, picture, tmp_path) -> None:
     picture.save(tmp_path / "a.png")
     picture.transpose(Image.Transpose.ROTATE_180).save(tmp_path / "b.png")
