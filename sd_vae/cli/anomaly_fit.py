@@ -55,6 +55,8 @@ class Args:
     """Pictures at most that defects are painted into, for the network; 0 leaves the network and its score out."""
     epochs: int = 12
     """How often the network sees each of them."""
+    first_steps: int = 3000
+    """Batches of 16 painted squares that it learns from before, without the VAE."""
     perceptual_net: Literal["none", "alex", "squeeze", "vgg"] = "none"
     """Network of LPIPS, for the score of that name; none leaves it out."""
     perceptual_backbone: str | None = None
@@ -90,7 +92,13 @@ def run(argv: list[str]) -> None:
     from sd_vae.files import require_writable_target
     from sd_vae.latents.anomaly import FitConfig, Origin, choose_threshold, fit, save_detector, vae_fingerprint
 
-    config = FitConfig(calibration=args.calibration, num_painted=args.painted, num_epochs=args.epochs, seed=args.seed)
+    config = FitConfig(
+        calibration=args.calibration,
+        num_painted=args.painted,
+        num_epochs=args.epochs,
+        num_first_steps=args.first_steps,
+        seed=args.seed,
+    )
     require_writable_target(args.out, overwrite=args.overwrite)
     records = open_records(args.normal, columns=(), image_column=args.image_column)
     net = None if args.perceptual_net == "none" else args.perceptual_net

@@ -53,7 +53,7 @@ def vae():
 
 @pytest.fixture(scope="module")
 def detector(vae):
-    return fit(vae, crops(40), FitConfig(num_painted=4, num_epochs=1))
+    return fit(vae, crops(40), FitConfig(num_painted=4, num_epochs=1, num_first_steps=1))
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_fit_calibrates_on_pictures_that_it_leaves_out(detector):
 
 
 def test_fit_is_the_same_again(vae, detector):
-    again = fit(vae, crops(40), FitConfig(num_painted=4, num_epochs=1))
+    again = fit(vae, crops(40), FitConfig(num_painted=4, num_epochs=1, num_first_steps=1))
 
     assert again.calibration == detector.calibration
 
@@ -106,8 +106,10 @@ def test_fit_needs_pictures_on_both_sides(vae):
 
 
 def test_config_names_every_value_that_is_out_of_range():
-    with pytest.raises(UserError, match=r"calibration is 1.*num_painted is -1.*num_epochs is 0.*seed is -1"):
-        FitConfig(calibration=1.0, num_painted=-1, num_epochs=0, seed=-1)
+    with pytest.raises(
+        UserError, match=r"calibration is 1.*num_painted is -1.*num_epochs is 0.*num_first_steps is -1.*seed is -1"
+    ):
+        FitConfig(calibration=1.0, num_painted=-1, num_epochs=0, num_first_steps=-1, seed=-1)
 
 
 def test_score_gives_every_score_and_map(vae, detector):

@@ -40,7 +40,18 @@ def test_paint_changes_the_picture_where_the_mask_says(photos):
         assert mask.min() >= 0
         assert mask.max() <= 1 + 1e-6
         assert (painted != plain).any()
-        assert (painted[mask == 0] == plain[mask == 0]).all()
+        # what is left outside of the mask is too little to be a defect; worst seen 0.49 levels
+        assert np.abs(painted.astype(float) - plain)[mask == 0].mean() < 1.0
+
+
+def test_paint_calls_nothing_a_defect_that_cannot_be_seen(monkeypatch):
+    monkeypatch.setattr("sd_vae.latents.anomaly.painting.CHANCES", {"blur": 1.0})
+    sky = np.full((96, 96, 3), (120, 160, 230), np.uint8)
+
+    painted, mask = paint(sky, sky, np.random.default_rng(0))
+
+    assert (painted == sky).all()
+    assert not mask.any()
 
 
 def test_paint_follows_from_its_generator(photos):
@@ -93,9 +104,23 @@ def test_teaching_is_the_same_again_and_leaves_the_global_generator():
 def test_teaching_tells_how_far_it_is():
     told = []
 
-    teach(examples(4), num_steps=3, progress=lambda done, total: told.append((done, total)))
+    teach(
+        examples(4),
+        [np.full((32, 32, 3), grey, np.uint8) for grey in (90, 110)],
+        num_steps=1,
+        num_first_steps=2,
+        progress=lambda done, total: told.append((done, total)),
+    )
 
     assert told == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_network_can_go_without_the_vae():
+    net = DefectNet(latent_channels=4).eval()
+    x = torch.rand(1, 3, 32, 32) * 2 - 1
+
+    assert net(x).shape == (1, 4, 4)
+    assert not torch.equal(net(x), net(x, -x, torch.ones(1, 4, 4, 4)))
 
 
 def test_network_answers_once_in_eight_pixels_whatever_the_factor():

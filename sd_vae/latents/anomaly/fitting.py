@@ -42,8 +42,10 @@ __all__ = ["FitConfig", "Progress", "fit"]
 
 EXAMPLE_SIDE = 128
 """Pixels of the squares that the network learns from, at most."""
-NUM_DONORS = 16
-"""So many of the last pictures give parts to be painted into others."""
+PICTURE_SIDE = 256
+"""Pixels of the squares of normal pictures that are kept for painting, at most."""
+MAX_PICTURES = 1000
+"""So many are kept; together they take 200 MB."""
 LEAST_NOISE = 1e-6
 """Mean squared error, in [-1, 1], below which a reconstruction counts as perfect: far less than 8 bits resolve."""
 MAX_CELLS = 1_000_000
@@ -67,6 +69,8 @@ class FitConfig:
     """Pictures at most that defects are painted into, for the network; 0 leaves the network out."""
     num_epochs: int = 12
     """How often the network sees each painted picture and its normal twin."""
+    num_first_steps: int = 3000
+    """Batches of 16 that the network learns from before that, without the VAE."""
     seed: int = 0
     """Of the painted defects and of the network."""
 
@@ -83,6 +87,8 @@ class FitConfig:
             problems.append(f"num_painted is {self.num_painted}, it must be 0 or more")
         if self.num_epochs < 1:
             problems.append(f"num_epochs is {self.num_epochs}, it must be at least 1")
+        if self.num_first_steps < 0:
+            problems.append(f"num_first_steps is {self.num_first_steps}, it must be 0 or more")
         if self.seed < 0:
             problems.append(f"seed is {self.seed}, it must be 0 or more")
         if problems:
@@ -120,7 +126,7 @@ def fit(
         tell("looking at normal pictures", len(evidence), None)
     if len(evidence) < 2:
         raise UserError(f"{len(evidence)} normal pictures are left to fit to; give more, or calibrate on fewer.")
-    net = _teach(examples, config, tell) if examples else None
+    net = _teach(examples, painter.pictures, config, tell) if examples else None
     detector = _summarize(evidence, net, None if perceptual is None else perceptual.name.removeprefix("lpips_"))
     return _calibrate(detector, vae, _part(pictures, config.calibration, is_calibration=True), perceptual, tell)
 
@@ -138,30 +144,31 @@ class _Painter:
     def __init__(self, vae: AutoencoderKL, config: FitConfig) -> None:
         self._vae = vae
         self._left = config.num_painted
+        self._kept = config.num_painted > 0
         self._rng = np.random.default_rng(config.seed)
-        self._donors: list[np.ndarray] = []
+        self.pictures: list[np.ndarray] = []
 
     def __call__(self, x: Tensor, seen: Seen) -> list[Example]:
         """Return x (3, H, W) and x with defects; nothing where there are enough, or no other picture was there yet."""
-        if not self._left:
-            return []
-        plain = x.permute(1, 2, 0).numpy().copy()
-        donors, self._donors = self._donors, [*self._donors, plain][-NUM_DONORS:]
-        if not donors:
+        plain = x.permute(1, 2, 0).numpy()
+        donors = self.pictures
+        if self._kept and len(donors) < MAX_PICTURES:
+            self.pictures = [*donors, self._square(plain, PICTURE_SIDE).copy()]
+        if not self._left or not donors:
             return []
         self._left -= 1
-        part = self._square(plain)
+        part = self._square(plain, EXAMPLE_SIDE)
         painted, mask = paint(part, donors[self._rng.integers(len(donors))], self._rng)
         if part.shape != plain.shape:
             seen = self._look(part)
         return [_example(seen, np.zeros_like(mask)), _example(self._look(painted), mask)]
 
-    def _square(self, plain: np.ndarray) -> np.ndarray:
-        """A random square, of at most `EXAMPLE_SIDE`, that the VAE's factor divides; small pictures stay whole."""
+    def _square(self, plain: np.ndarray, largest: int) -> np.ndarray:
+        """A random square of at most `largest`, which the VAE's factor divides; pictures not larger stay whole."""
         step, sides = self._vae.factor, plain.shape[:2]
-        if max(sides) <= EXAMPLE_SIDE:
+        if max(sides) <= largest:
             return plain
-        size = min(EXAMPLE_SIDE, *sides) // step * step
+        size = min(largest, *sides) // step * step
         top, left = (int(self._rng.integers(0, side - size + 1)) for side in sides)
         return plain[top : top + size, left : left + size]
 
@@ -174,11 +181,13 @@ def _example(seen: Seen, mask: np.ndarray) -> Example:
     return Example(x, recon, seen.mean[0].half(), torch.from_numpy(mask).half())
 
 
-def _teach(examples: Sequence[Example], config: FitConfig, tell: Progress) -> DefectNet:
+def _teach(examples: Sequence[Example], pictures: Sequence[np.ndarray], config: FitConfig, tell: Progress) -> DefectNet:
     num_steps = max(1, config.num_epochs * len(examples) // BATCH_SIZE)
     return teach(
         _of_one_size(examples),
+        pictures,
         num_steps=num_steps,
+        num_first_steps=config.num_first_steps,
         seed=config.seed,
         progress=lambda done, total: tell("teaching the network", done, total),
     )

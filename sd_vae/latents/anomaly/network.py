@@ -14,11 +14,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.random import Generator
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_max_pool2d, binary_cross_entropy_with_logits, interpolate
 
 from sd_vae.images import to_unit_range
+from sd_vae.latents.anomaly.painting import paint
 
 __all__ = ["DefectNet", "Example", "teach"]
 
@@ -27,6 +30,10 @@ WIDTHS = (16, 32, 64)
 BATCH_SIZE = 16
 MAX_LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 1e-4
+SQUARE_SIDE = 128
+"""Pixels of the squares of the first part, at most."""
+NORMAL_EVERY = 4
+"""One square in so many of the first part stays normal."""
 COVERED = 0.4
 """A cell counts as defective where the mask somewhere in it is above this."""
 
@@ -42,6 +49,10 @@ class Example(NamedTuple):
     """(C, h, w), raw z."""
     mask: Tensor
     """(H, W), float16, 0 to 1; all 0 for a normal picture."""
+
+
+_Batch = tuple[Tensor, Tensor | None, Tensor | None, Tensor]
+"""Images, reconstructions and latents or None, masks."""
 
 
 class DefectNet(nn.Module):
@@ -66,32 +77,44 @@ class DefectNet(nn.Module):
         self.register_buffer("latent_mean", torch.zeros(latent_channels))
         self.register_buffer("latent_std", torch.ones(latent_channels))
 
-    def forward(self, x: Tensor, recon: Tensor, mean: Tensor) -> Tensor:
+    def forward(self, x: Tensor, recon: Tensor | None = None, mean: Tensor | None = None) -> Tensor:
         """Return log-odds (B, h', w').
 
         Args:
             x: Images (B, 3, H, W) in [-1, 1].
-            recon: Their reconstructions (B, 3, H, W).
-            mean: Raw z (B, C, h, w).
+            recon: Their reconstructions (B, 3, H, W); None where the VAE was not asked.
+            mean: Raw z (B, C, h, w); None together with `recon`.
         """
-        seen = torch.cat([x, (x - recon) / self.error_scale], dim=1)
-        features = self.stem(seen.contiguous(memory_format=torch.channels_last))  # (B, 64, h', w')
+        error = torch.zeros_like(x) if recon is None else (x - recon) / self.error_scale
+        seen = torch.cat([x, error], dim=1).contiguous(memory_format=torch.channels_last)
+        features = self.stem(seen)  # (B, 64, h', w')
+        if mean is None:
+            return self.head(self.body(features))[:, 0]
         latents = (mean - self.latent_mean[:, None, None]) / self.latent_std[:, None, None]
         latents = interpolate(self.join(latents), size=features.shape[-2:], mode="bilinear", align_corners=False)
         return self.head(self.body(features + latents))[:, 0]
 
 
 def teach(
-    examples: Sequence[Example], *, num_steps: int, seed: int = 0, progress: Callable[[int, int], None] | None = None
+    examples: Sequence[Example],
+    pictures: Sequence[np.ndarray] = (),
+    *,
+    num_steps: int,
+    num_first_steps: int = 0,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
 ) -> DefectNet:
-    """Return a network that was taught on examples of one size, normal and painted, in eval mode.
+    """Return a network that was taught on normal and on painted pictures, in eval mode.
 
-    Binary cross-entropy of each cell, mean over all; AdamW with one cycle of the learning rate; every example is
-    mirrored at random, by rows, by columns, or at the diagonal where it is square.
+    First on pictures alone, in which new defects are painted at every step: the VAE is not asked, so there may be many.
+    Then on examples with what the VAE made of them, each mirrored at random, by rows, by columns, or at the diagonal
+    where it is square. Binary cross-entropy of each cell, mean over all; AdamW, one cycle of the learning rate a part.
 
     Args:
-        examples: At least two.
-        num_steps: Batches of 16.
+        examples: At least two, of one size, with both normal and painted ones.
+        pictures: Normal ones, (H, W, 3) in uint8, for the first part.
+        num_steps: Batches of 16 examples.
+        num_first_steps: Batches of 16 squares of pictures; needs two pictures at least.
         seed: Of everything random.
         progress: Called with (done, total) steps.
     """
@@ -99,24 +122,71 @@ def teach(
         torch.manual_seed(seed)
         net = DefectNet(len(examples[0].mean)).to(memory_format=torch.channels_last)
         _set_scales_(net, examples)
-        optimizer = torch.optim.AdamW(net.parameters(), MAX_LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, MAX_LEARNING_RATE, total_steps=num_steps)
-        order = torch.empty(0, dtype=torch.long)
-        for step in range(num_steps):
-            while len(order) < BATCH_SIZE:
-                order = torch.cat([order, torch.randperm(len(examples))])
-            chosen, order = order[:BATCH_SIZE], order[BATCH_SIZE:]
-            x, recon, mean, mask = _batch([examples[index] for index in chosen.tolist()])
-            logits = net(x, recon, mean)
-            wanted = (adaptive_max_pool2d(mask[:, None], logits.shape[-2:])[:, 0] > COVERED).float()
-            loss = binary_cross_entropy_with_logits(logits, wanted)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            if progress is not None:
-                progress(step + 1, num_steps)
+        total = num_first_steps + num_steps
+        painter = _PaintedSquares(pictures, np.random.default_rng(seed))
+        _train_(net, num_first_steps, painter, lambda done: progress and progress(done, total))
+        _train_(net, num_steps, _Shuffled(examples), lambda done: progress and progress(num_first_steps + done, total))
     return net.eval().requires_grad_(False)
+
+
+def _train_(net: DefectNet, num_steps: int, batches: Callable[[], _Batch], tell: Callable[[int], object]) -> None:
+    """Take so many steps of one cycle of the learning rate."""
+    if not num_steps:
+        return
+    optimizer = torch.optim.AdamW(net.parameters(), MAX_LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, MAX_LEARNING_RATE, total_steps=num_steps)
+    for step in range(num_steps):
+        x, recon, mean, mask = batches()
+        logits = net(x, recon, mean)
+        wanted = (adaptive_max_pool2d(mask[:, None], logits.shape[-2:])[:, 0] > COVERED).float()
+        loss = binary_cross_entropy_with_logits(logits, wanted)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        tell(step + 1)
+
+
+class _PaintedSquares:
+    """Batches of random squares of pictures, three of four with new defects."""
+
+    def __init__(self, pictures: Sequence[np.ndarray], rng: Generator) -> None:
+        self._pictures = pictures
+        self._side = min((SQUARE_SIDE, *(min(each.shape[:2]) for each in pictures)))
+        self._rng = rng
+
+    def __call__(self) -> _Batch:
+        pixels, masks = [], []
+        for index in range(BATCH_SIZE):
+            square, donor = self._square(), self._square()
+            mask = np.zeros(square.shape[:2], np.float32)
+            if index % NORMAL_EVERY:
+                square, mask = paint(square, donor, self._rng)
+            pixels.append(square)
+            masks.append(mask)
+        x = to_unit_range(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2))
+        return x, None, None, torch.from_numpy(np.stack(masks))
+
+    def _square(self) -> np.ndarray:
+        """A random square of a random picture, mirrored at random."""
+        picture = self._pictures[int(self._rng.integers(len(self._pictures)))]
+        top, left = (int(self._rng.integers(0, size - self._side + 1)) for size in picture.shape[:2])
+        square = picture[top : top + self._side, left : left + self._side]
+        return np.ascontiguousarray(square[:, :: self._rng.choice((-1, 1))])
+
+
+class _Shuffled:
+    """Batches of examples; all of them are seen before one is seen again."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self._examples = examples
+        self._order: list[int] = []
+
+    def __call__(self) -> _Batch:
+        while len(self._order) < BATCH_SIZE:
+            self._order += torch.randperm(len(self._examples)).tolist()
+        chosen, self._order = self._order[:BATCH_SIZE], self._order[BATCH_SIZE:]
+        return _batch([self._examples[index] for index in chosen])
 
 
 def _block(before: int, after: int, stride: int = 1) -> nn.Module:
@@ -136,7 +206,7 @@ def _set_scales_(net: DefectNet, examples: Sequence[Example]) -> None:
     net.latent_std.copy_(cells.std(dim=1).clamp_min(1e-3))
 
 
-def _batch(examples: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _batch(examples: Sequence[Example]) -> _Batch:
     """Examples as one batch, each mirrored at random."""
     columns: list[list[Tensor]] = [[], [], [], []]
     for example in examples:

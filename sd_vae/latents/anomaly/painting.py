@@ -25,8 +25,10 @@ MAX_DEFECTS = 2
 """In one picture."""
 LEAST_SIDE, LARGEST_SIDE = 16, 80
 """Pixels of a patch's side, as a square of its area; never more than the picture has."""
-CHANCES = {"lines": 0.15, "blur": 0.15, "noise": 0.15, "foreign": 0.4, "moved": 0.15}
+CHANCES = {"lines": 0.25, "blur": 0.15, "noise": 0.1, "foreign": 0.4, "moved": 0.1}
 """How often each kind is painted."""
+LEAST_CHANGE, CHANGE_WINDOW = 2.0, 9
+"""Levels by which pixels change at least, on average over a window of so many pixels, where a defect counts."""
 OVERSAMPLING = 4
 """Lines are drawn so many times larger and averaged down."""
 
@@ -40,23 +42,31 @@ def paint(x: np.ndarray, donor: np.ndarray, rng: Generator) -> tuple[np.ndarray,
         rng: Decides everything.
 
     Returns:
-        The picture as uint8, and the mask as float32.
+        The picture as uint8, and the mask as float32; it is 0 where a defect leaves the picture nearly as it was.
     """
     painted, mask = x.astype(np.float32), np.zeros(x.shape[:2], np.float32)
     for _ in range(rng.integers(1, MAX_DEFECTS + 1)):
         kind = rng.choice(list(CHANCES), p=list(CHANCES.values()))
         if kind == "lines":
-            painted, where = _lines(painted, rng)
+            after, where = _lines(painted, rng)
         elif kind == "blur":
-            painted, where = _blur(painted, rng)
+            after, where = _blur(painted, rng)
         elif kind == "noise":
-            painted, where = _noise(painted, rng)
+            after, where = _noise(painted, rng)
         else:
             source = donor.astype(np.float32) if kind == "foreign" else painted
-            painted, where = _patch(painted, source, rng)
-        painted = painted.clip(0.0, 255.0)
-        mask = np.maximum(mask, where)
+            after, where = _patch(painted, source, rng)
+        after = after.clip(0.0, 255.0)
+        mask = np.maximum(mask, where * _is_changed(painted, after))
+        painted = after
     return np.rint(painted).astype(np.uint8), mask
+
+
+def _is_changed(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """Where a defect can be seen, (H, W): a blurred blue sky is still the sky, and nothing to be learned from."""
+    from scipy.ndimage import uniform_filter
+
+    return uniform_filter(np.abs(after - before).mean(axis=2), CHANGE_WINDOW) > LEAST_CHANGE
 
 
 def _lines(x: np.ndarray, rng: Generator) -> tuple[np.ndarray, np.ndarray]:
