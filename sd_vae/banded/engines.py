@@ -143,7 +143,7 @@ class TorchEngine:
 
     def _room(self, shape: tuple[int, ...]) -> Tensor:
         if self.device.type == "cpu":
-            trim_heap()  # what a step of half precision frees is small enough for the allocator to keep: twice the peak, measured
+            trim_heap()  # what half precision frees is small enough for the allocator to keep: twice the peak, measured
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
 
