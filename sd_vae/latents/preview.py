@@ -24,6 +24,7 @@ from sd_vae.config import VAEConfig
 from sd_vae.errors import UserError
 from sd_vae.images import to_pil
 from sd_vae.latents.dataset import LatentDataset
+from sd_vae.latents.store import LatentStore
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -114,8 +115,7 @@ def preview(
     Raises:
         UserError: No finished store, fewer than 2 items, or latents of another number of channels.
     """
-    dataset = LatentDataset(folder, columns=())
-    held = dataset.description.content
+    held = LatentStore.open(Path(folder)).description.content
     dataset = LatentDataset(folder, content="sample" if held == "sample" else "mode", columns=())
     channels, wanted = dataset.description.vae.latent_channels, int(vae.config.latent_channels)
     if channels != wanted:

@@ -129,7 +129,6 @@ def test_score_of_a_picture_does_not_depend_on_the_batch(vae, detector):
     together, alone = score(detector, vae, x), score(detector, vae, x[1:2])
 
     for name, values in alone.scores.items():
-        # worst seen 4e-7
         torch.testing.assert_close(together.scores[name][1:2], values, rtol=1e-4, atol=1e-5)
 
 

@@ -46,7 +46,7 @@ def test_gaussian_of_few_vectors_does_not_find_new_ones_far_away():
     inverse = torch.linalg.inv(torch.cov(vectors.T))
     centred = new - vectors.mean(dim=0)
     unshrunk = torch.einsum("nd,de,ne->n", centred, inverse, centred) / 20
-    # About 1 would be right. Seen: 2.2 with shrinkage, 11 without.
+    # About 1 would be right.
     assert found.mean() < 4 < unshrunk.mean()
 
 

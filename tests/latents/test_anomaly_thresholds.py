@@ -33,7 +33,7 @@ def test_threshold_intervals_hold_the_truth_as_often_as_they_say():
         held["score"] += found.score.low <= truth <= found.score.high
         held["rate"] += found.false_alarm_rate.low <= stats.norm.sf(found.score.value) <= found.false_alarm_rate.high
 
-    # 95% of 400 is 380; order statistics are whole, so the first is wider than it says. Seen: 385 and 377.
+    # 95% of 400 is 380; order statistics are whole, so the first is wider than it says.
     assert held["score"] >= 372
     assert held["rate"] >= 367
 
@@ -97,7 +97,7 @@ def test_detection_interval_holds_the_truth_as_often_as_it_says():
         found = measure_detection(rng.normal(size=40).tolist(), (1.0 + rng.normal(size=40)).tolist())
         held += found.auroc.low <= truth <= found.auroc.high
 
-    assert held >= 182  # 95% of 200 is 190; seen: 193
+    assert held >= 182  # 95% of 200 is 190
 
 
 @pytest.mark.parametrize(("normal", "abnormal"), [([], [1.0]), ([1.0], [])])

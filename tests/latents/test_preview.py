@@ -108,6 +108,14 @@ def test_preview_shows_what_the_decoder_gives(tmp_path: Path, tiny_vae: Autoenco
         assert found.decoded[0].size == (width * tiny_vae.factor, height * tiny_vae.factor)
 
 
+def test_preview_reads_a_store_of_modes(tmp_path: Path, tiny_vae: AutoencoderKL) -> None:
+    synthetic.make(tmp_path / "store", content="mode")
+
+    found = preview(tmp_path / "store", tiny_vae, num_pictures=3)
+
+    assert len(found.decoded) == 3
+
+
 def test_preview_is_of_latents_by_the_scale_of_the_vae(tmp_path: Path, tiny_vae: AutoencoderKL) -> None:
     synthetic.make(tmp_path / "store", dtype="float32")
     tiny_vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)
