@@ -255,13 +255,11 @@ def _progress(processes: Processes) -> Iterator[Callable[[int, int], None]]:
 
 
 def _print_numbers(evaluation: Evaluation) -> None:
-    """The means on standard output, one line a row."""
+    """The means on standard output, a line a metric: there are more of them than a terminal has columns."""
     from eval.metrics import METRICS
 
     pooled = dict.fromkeys(name for row in evaluation.rows for name in row.pooled)
     table = {**evaluation.metrics, **{name: METRICS[name] for name in pooled}}
-    lines = [
-        [row.name, *(metric.format({**row.means, **row.pooled}[name]) for name, metric in table.items())]
-        for row in evaluation.rows
-    ]
-    print_table("means over photos", ["", *(metric.heading for metric in table.values())], lines)
+    numbers = [{**row.means, **row.pooled} for row in evaluation.rows]
+    lines = [[metric.heading, *(metric.format(row[name]) for row in numbers)] for name, metric in table.items()]
+    print_table("means over photos", ["", *(row.name for row in evaluation.rows)], lines)
