@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-
-from sd_vae.errors import UserError
+from sd_vae.cli.actions import run_action
 
 __all__ = ["ACTIONS", "run"]
 
@@ -24,25 +22,10 @@ def run(argv: list[str]) -> None:
     Raises:
         UserError: There is no such action, or as the action.
     """
-    name = argv[0] if argv else "--help"
-    if name in ("-h", "--help"):
-        print(_usage())
-        return
-    if name not in ACTIONS:
-        raise UserError(f"unknown action {name!r} of sd-vae anomaly; choose one of: {', '.join(ACTIONS)}.")
-    importlib.import_module(f"sd_vae.cli.anomaly_{name}").run(argv[1:])
-
-
-def _usage() -> str:
-    width = max(map(len, ACTIONS))
-    return "\n".join(
-        [
-            "usage: sd-vae anomaly ACTION [ARGUMENTS]",
-            "",
-            "Find pictures that are unlike normal ones, by what a VAE makes of them.",
-            "",
-            *(f"  {name:{width}}  {summary}" for name, summary in ACTIONS.items()),
-            "",
-            "sd-vae anomaly ACTION --help explains one action.",
-        ]
+    run_action(
+        argv,
+        "anomaly",
+        ACTIONS,
+        arguments="[ARGUMENTS]",
+        summary="Find pictures that are unlike normal ones, by what a VAE makes of them.",
     )

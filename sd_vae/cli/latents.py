@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-
-from sd_vae.errors import UserError
+from sd_vae.cli.actions import run_action
 
 __all__ = ["ACTIONS", "run"]
 
@@ -27,25 +25,10 @@ def run(argv: list[str]) -> None:
     Raises:
         UserError: There is no such action, or as the action.
     """
-    name = argv[0] if argv else "--help"
-    if name in ("-h", "--help"):
-        print(_usage())
-        return
-    if name not in ACTIONS:
-        raise UserError(f"unknown action {name!r} of sd-vae latents; choose one of: {', '.join(ACTIONS)}.")
-    importlib.import_module(f"sd_vae.cli.latents_{name}").run(argv[1:])
-
-
-def _usage() -> str:
-    width = max(map(len, ACTIONS))
-    return "\n".join(
-        [
-            "usage: sd-vae latents ACTION STORE [ARGUMENTS]",
-            "",
-            "Check, measure, look at and convert a store of latents, as sd-vae encode makes them.",
-            "",
-            *(f"  {name:{width}}  {summary}" for name, summary in ACTIONS.items()),
-            "",
-            "sd-vae latents ACTION --help explains one action.",
-        ]
+    run_action(
+        argv,
+        "latents",
+        ACTIONS,
+        arguments="STORE [ARGUMENTS]",
+        summary="Check, measure, look at and convert a store of latents, as sd-vae encode makes them.",
     )
