@@ -13,7 +13,6 @@ Source of the script's step: huggingface/diffusers@e276f08:examples/research_pro
 train_autoencoderkl.py.
 """
 
-import argparse
 import copy
 import sys
 from collections.abc import Callable
@@ -26,11 +25,10 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from benchmarks.figures import ROOT, Figure, all_met, append, lacks_bfloat16, to_markdown
-from benchmarks.training_step import BACKBONE, BATCH_SIZE, SIZE
+from benchmarks.figures import ROOT, Figure, lacks_bfloat16
+from benchmarks.training_step import BACKBONE, BATCH_SIZE, SIZE, run
 from sd_vae.autoencoder import AutoencoderKL
 from sd_vae.benchmarking import median_ratio, take_turns
-from sd_vae.config import PRESETS
 from sd_vae.data import Batch, DataConfig, posterior_noise
 from sd_vae.losses import LossConfig, Objective, PerceptualConfig
 from training.config import OptimConfig, TrainConfig
@@ -180,19 +178,8 @@ def _config(precision: Precision, size: int, batch_size: int, *, has_lpips: bool
 
 
 def main(argv: list[str]) -> int:
-    """Measure, print the table, keep it where it is the bars' size and model; 1 where a must is missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=SIZE, help="pixels of a square picture's side")
-    parser.add_argument("--batch-size", type=int, default=BATCH_SIZE)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--preset", default="sd1", choices=sorted(PRESETS))
-    options = parser.parse_args(argv)
-    figures = measure(options.size, options.batch_size, options.rounds, options.preset)
-    table = to_markdown(figures)
-    print(table)
-    if (options.size, options.batch_size, options.preset) == (SIZE, BATCH_SIZE, "sd1"):
-        append(TABLE, HEAD, table, " ".join(["python -m benchmarks.trainer_step", *argv]))
-    return int(all_met(figures) is False)
+    """Run the benchmark."""
+    return run(argv, measure, name="trainer_step", about=__doc__, rounds=5, table=TABLE, head=HEAD)
 
 
 if __name__ == "__main__":

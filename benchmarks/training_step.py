@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -139,20 +140,44 @@ def _objective() -> tuple[Objective, str]:
     return Objective(LossConfig(reconstruction="l1", perceptual=PerceptualConfig(weight=0.0))), "L1 + KL"
 
 
-def main(argv: list[str]) -> int:
-    """Measure, print the table, keep it where it is the bars' size and model; 1 where a must is missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def run(
+    argv: list[str],
+    measure: Callable[[int, int, int, str], list[Figure]],
+    *,
+    name: str,
+    about: str | None,
+    rounds: int,
+    table: Path,
+    head: str,
+) -> int:
+    """Measure, print the table, keep it where it is the bars' size and model; 1 where a must is missed.
+
+    Args:
+        argv: Arguments of the command line.
+        measure: (size, batch size, rounds, preset) to figures.
+        name: Module of the benchmark.
+        about: Its docstring.
+        rounds: By default.
+        table: File that the table is added to.
+        head: Its beginning.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=SIZE, help="pixels of a square picture's side")
     parser.add_argument("--batch-size", type=int, default=BATCH_SIZE)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--preset", default="sd1", choices=sorted(PRESETS))
     options = parser.parse_args(argv)
     figures = measure(options.size, options.batch_size, options.rounds, options.preset)
-    table = to_markdown(figures)
-    print(table)
+    text = to_markdown(figures)
+    print(text)
     if (options.size, options.batch_size, options.preset) == (SIZE, BATCH_SIZE, "sd1"):
-        append(TABLE, HEAD, table, " ".join(["python -m benchmarks.training_step", *argv]))
+        append(table, head, text, " ".join([f"python -m benchmarks.{name}", *argv]))
     return int(all_met(figures) is False)
+
+
+def main(argv: list[str]) -> int:
+    """Run the benchmark."""
+    return run(argv, measure, name="training_step", about=__doc__, rounds=3, table=TABLE, head=HEAD)
 
 
 if __name__ == "__main__":
