@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from sd_vae.errors import UserError
 
 from .config import OptimConfig
+from .muon import Muon
 
 __all__ = ["Mover", "build_optimizer", "build_schedule"]
 
@@ -21,11 +22,12 @@ __all__ = ["Mover", "build_optimizer", "build_schedule"]
 def build_optimizer(
     parameters: Sequence[nn.Parameter], config: OptimConfig, *, undecayed: Sequence[nn.Parameter] = ()
 ) -> AdamW:
-    """Return AdamW over the parameters that train; those in `undecayed` without weight decay."""
+    """Return the optimizer over the parameters that train; those in `undecayed` without weight decay."""
     groups: list[dict[str, Any]] = [{"params": list(parameters)}]
     if undecayed:
         groups.append({"params": list(undecayed), "weight_decay": 0.0})
-    return AdamW(
+    kind = Muon if config.name == "muon" else AdamW
+    return kind(
         groups,
         lr=config.lr,
         betas=config.betas,

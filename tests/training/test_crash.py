@@ -49,10 +49,13 @@ def test_resume_after_an_interrupt_equals_an_uninterrupted_run(
     assert_same_run(whole.folder, parts.folder)
 
 
-def test_resume_after_kill_9_is_bit_identical(make_config: Any, assert_same_run: Any, run_until_kill_9: Any) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resume_after_kill_9_is_bit_identical(
+    make_config: Any, assert_same_run: Any, run_until_kill_9: Any, optimizer: str
+) -> None:
     # With worker processes, EMA, schedule and accumulation; killed while it is past its checkpoint.
-    data = {"num_workers": 1, "validation": None}
-    settings: dict[str, Any] = {"steps": 6, "gradient_accumulation_steps": 2, "data": data}
+    settings: dict[str, Any] = {"steps": 6, "gradient_accumulation_steps": 2, "optim": {"name": optimizer}}
+    settings["data"] = {"num_workers": 1, "validation": None}
     whole = train(make_config("whole", **settings))
     config = make_config("parts", **settings)
 
