@@ -3,6 +3,7 @@
     python -m benchmarks.mini_distill ../mini_data/train --holdout ../mini_data/holdout --alex ALEXNET
         --squeeze SQUEEZENET --vae VAE [VAE ...] --out sd_vae/weights/distilled
 
+The network begins with AlexNet's first two layers and their heads, which stay; what it learns is the third.
 Damage is that of `benchmarks.mini_distortions` and reconstructions of VAEs at several stages of training. Distances are
 compared as logarithms, for whole crops and for each of 4x4 parts. As the network will be minimised, and a minimum is
 where a taught distance can be wrong unnoticed, every other batch holds images that one step along the network's own
@@ -29,7 +30,17 @@ from sd_vae.losses import PerceptualConfig, build_perceptual
 from sd_vae.losses.distilled import FILE_NAME, FeatureNet
 from sd_vae.losses.perceptual import LPIPS
 
-__all__ = ["damage", "distance_parts", "distil", "log_error", "mislead", "rank_correlation", "save", "target_parts"]
+__all__ = [
+    "begin_",
+    "damage",
+    "distance_parts",
+    "distil",
+    "log_error",
+    "mislead",
+    "rank_correlation",
+    "save",
+    "target_parts",
+]
 
 PARTS = 4
 """Parts of a crop in each direction that are compared on their own."""
@@ -89,6 +100,18 @@ def mislead(net: FeatureNet, recon: Tensor, x: Tensor, step: float) -> Tensor:
     return (recon - step * gradient.sign()).clamp(-1, 1)
 
 
+@torch.no_grad()
+def begin_(net: FeatureNet, teacher: LPIPS) -> None:
+    """Give a network the first two layers of LPIPS-alex, which no longer train, and their heads, which do."""
+    layers = [each for each in teacher.model.net.modules() if isinstance(each, torch.nn.Conv2d)]
+    for own, other in zip((net.first, net.second), layers, strict=False):
+        own.load_state_dict(other.state_dict())
+        own.requires_grad_(False)
+    for own_head, other_head in zip(list(net.heads)[:2], teacher.model.lins, strict=False):
+        wanted = other_head.model[-1].weight.flatten().clamp_min(1e-4)
+        own_head.copy_(wanted.expm1().log())  # what softplus undoes
+
+
 def distil(
     net: FeatureNet,
     batches: Iterator[Tensor],
@@ -111,7 +134,8 @@ def distil(
         seed: Of the damage.
     """
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=1e-4)
+    trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
         x = next(batches)
@@ -122,7 +146,7 @@ def distil(
         loss = log_error(distance_parts(net, recon, x), target_parts(teachers, recon, x))
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
         yield float(loss.detach())
@@ -159,12 +183,12 @@ def main() -> None:
     for name in ("holdout", "alex", "squeeze"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--vae", nargs="*", default=[], help="folders of VAEs at several stages of training")
-    parser.add_argument("--steps", type=int, default=20_000)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--every", type=int, default=1000, help="steps between measurements on held-out photos")
+    parser.add_argument("--every", type=int, default=100, help="steps between measurements on held-out photos")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     args = parser.parse_args()
@@ -184,6 +208,7 @@ def main() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = FeatureNet().to(device).to(memory_format=torch.channels_last)
+    begin_(net, teachers["alex"])
     batches = (batch.x.to(device) for batch in loader)
     losses = []
     for loss in distil(net, batches, teachers, vaes, steps=args.steps, lr=args.lr):

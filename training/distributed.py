@@ -5,19 +5,21 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import FrameType
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list
 
 from sd_vae.errors import UserError
 from sd_vae.latents.processes import Processes
+from sd_vae.losses import choose_net
 
 from .config import TrainConfig
 
-__all__ = ["StopRequest", "build_accelerator", "processes_of", "stop_on_signals"]
+__all__ = ["StopRequest", "build_accelerator", "processes_of", "stop_on_signals", "with_perceptual_net"]
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
@@ -42,6 +44,15 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         # A plugin, because the plain argument gives way to an environment variable.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps),
     )
+
+
+def with_perceptual_net(config: TrainConfig, accelerator: Accelerator) -> TrainConfig:
+    """Return the config with the network of its perceptual term named; the main process chooses, so that all agree."""
+    chosen = [config.loss.perceptual]
+    if accelerator.is_main_process:
+        chosen = [choose_net(config.loss.perceptual)]
+    broadcast_object_list(chosen)
+    return replace(config, loss=replace(config.loss, perceptual=chosen[0]))
 
 
 def processes_of(accelerator: Accelerator) -> Processes:

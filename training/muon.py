@@ -33,8 +33,8 @@ MIN_SIDE = 8
 def orthogonalise(matrix: Tensor) -> Tensor:
     """Return a matrix (M, N) with the singular vectors of the given one and singular values of about 1.
 
-    They come to lie between 0.65 and 1.21, except those below a hundredth of the matrix's norm. Computed in bfloat16 on a
-    GPU and in float32 on a CPU, returned in the matrix's own dtype.
+    They come to lie between 0.65 and 1.21, except those below a hundredth of the matrix's norm. Computed in bfloat16
+    on a GPU and in float32 on a CPU, returned in the matrix's own dtype.
     """
     a, b, c = COEFFICIENTS
     is_tall = matrix.shape[0] > matrix.shape[1]

@@ -29,7 +29,7 @@ from .checkpoint import Progress, load_checkpoint, newest_checkpoint, save_check
 from .collapse import CollapseMonitor
 from .config import TrainConfig, load_recipe, save_recipe
 from .data import TrainingData
-from .distributed import StopRequest, build_accelerator, processes_of, stop_on_signals
+from .distributed import StopRequest, build_accelerator, processes_of, stop_on_signals, with_perceptual_net
 from .ema import EMA
 from .lora import save_adapter
 from .model import initial_vae, plain_vae, prepare_training_, set_scale_
@@ -108,7 +108,6 @@ class Trainer:
         overwrite: bool = False,
         evaluate: Evaluate | None = None,
     ) -> None:
-        self.config = config
         self.evaluate = evaluate
         self.folder = Path(config.out)
         self.is_new = checkpoint is None
@@ -116,6 +115,7 @@ class Trainer:
             require_new_run(config, overwrite=overwrite)
         require_login(config.report)
         self.accelerator = build_accelerator(config)
+        config = self.config = with_perceptual_net(config, self.accelerator)
         self.data = TrainingData(config, self.accelerator)
         self.photos = self.data.photos
         self.vae = self._build_vae()

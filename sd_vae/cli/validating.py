@@ -22,6 +22,7 @@ def evaluator_of(config: TrainConfig) -> Evaluate | None:
     from eval.validation import Validator
 
     perceptual = config.loss.perceptual
-    is_lpips = perceptual.net in ("vgg", "alex", "squeeze")
-    weights: dict[str, str] = {perceptual.net: perceptual.backbone} if is_lpips and perceptual.backbone else {}
+    weights: dict[str, str] = {}
+    if perceptual.net in ("vgg", "alex", "squeeze") and perceptual.backbone:
+        weights[perceptual.net] = perceptual.backbone
     return Validator(config.report.protocol, size=config.data.size, weights=weights)

@@ -27,6 +27,7 @@ __all__ = [
     "adversarial_weight_at",
     "build_discriminator",
     "build_perceptual",
+    "choose_net",
     "discriminator_loss",
     "draw_crop",
     "draw_similarity",
@@ -59,6 +60,7 @@ _HOMES = {
     "adversarial_weight_at": "sd_vae.losses.adversarial",
     "build_discriminator": "sd_vae.losses.adversarial",
     "build_perceptual": "sd_vae.losses.perceptual",
+    "choose_net": "sd_vae.losses.perceptual",
     "discriminator_loss": "sd_vae.losses.adversarial",
     "draw_crop": "sd_vae.losses.windows",
     "draw_similarity": "sd_vae.losses.equivariance",
@@ -93,7 +95,7 @@ if TYPE_CHECKING:
     from sd_vae.losses.equivariance import Similarity, draw_similarity, equivariance_errors
     from sd_vae.losses.kl import kl_loss, kl_weight_at
     from sd_vae.losses.objective import Objective, ObjectiveResult
-    from sd_vae.losses.perceptual import Perceptual, build_perceptual
+    from sd_vae.losses.perceptual import Perceptual, build_perceptual, choose_net
     from sd_vae.losses.reconstruction import OutputLogvar, reconstruction_loss
     from sd_vae.losses.windows import Window, draw_crop, draw_tile, require_cells, tile_loss
 

@@ -15,7 +15,7 @@ from torch import nn
 from sd_vae.checkpoints.formats import open_weights
 from sd_vae.errors import UserError
 
-__all__ = ["BACKBONES", "Backbone", "find_backbone", "load_backbone_", "place_in_cache"]
+__all__ = ["BACKBONES", "Backbone", "find_backbone", "load_backbone_", "place_in_cache", "why_missing"]
 
 MAX_LISTED = 6
 """Tensors named in an error."""
@@ -64,7 +64,13 @@ def find_backbone(net: str, path: str | None = None) -> Path:
     Raises:
         UserError: Nothing there and no download possible, or not the hash that its name promises.
     """
-    file = _find_in_cache(net) if path is None else Path(path)
+    if path is None and (missing := why_missing(net)):
+        raise UserError(
+            f"{missing}; copy it there, or set perceptual.backbone to a copy of it (features only will do), or run "
+            "once where the internet can be reached. perceptual.net distilled comes with sd-vae; ms_dssim needs no "
+            "file."
+        )
+    file = place_in_cache(net) if path is None else Path(path)
     if not file.is_file():
         raise UserError(f"there is no LPIPS backbone {file}; check perceptual.backbone.")
     prefix = _promised_hash(file)
@@ -113,13 +119,13 @@ def place_in_cache(net: str) -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints" / BACKBONES[net].file_name
 
 
-def _find_in_cache(net: str) -> Path:
-    """The checkpoint in the torch hub cache, downloaded if it is not there."""
+def why_missing(net: str) -> str | None:
+    """Return why a network's checkpoint is not in the torch hub cache, or None: it is, perhaps downloaded just now."""
     backbone, file = BACKBONES[net], place_in_cache(net)
     if file.is_file():
-        return file
+        return None
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
-        raise _missing(net, file, "HF_HUB_OFFLINE forbids to download it")
+        return _missing(net, file, "HF_HUB_OFFLINE forbids to download it")
     from torchvision.models import get_weight
 
     url = get_weight(backbone.weights).url
@@ -127,16 +133,15 @@ def _find_in_cache(net: str) -> Path:
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(file), hash_prefix=_promised_hash(file))
     except (OSError, RuntimeError) as error:  # no route, refused, disk full; a wrong hash is a RuntimeError
-        raise _missing(net, file, f"downloading {url} failed ({error})") from error
-    return file
+        return _missing(net, file, f"downloading {url} failed ({error})")
+    return None
 
 
-def _missing(net: str, file: Path, why: str) -> UserError:
+def _missing(net: str, file: Path, why: str) -> str:
     backbone = BACKBONES[net]
-    return UserError(
+    return (
         f"LPIPS {net} needs torchvision's {backbone.file_name} (sha256 {backbone.sha256}), which is not in "
-        f"{file.parent}, and {why}; copy it there, or set perceptual.backbone to a copy of it (features only will do), "
-        "or run once where the internet can be reached. perceptual.net ms_dssim needs no file."
+        f"{file.parent}, and {why}"
     )
 
 

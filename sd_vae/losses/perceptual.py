@@ -9,18 +9,22 @@ assessment", Asilomar 2003, by way of torchmetrics.
 
 from __future__ import annotations
 
+import logging
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sd_vae.errors import UserError
-from sd_vae.losses.backbones import find_backbone, load_backbone_
+from sd_vae.losses.backbones import find_backbone, load_backbone_, why_missing
 from sd_vae.losses.config import PerceptualConfig
 from sd_vae.losses.reconstruction import require_same_shape
 
-__all__ = ["LPIPS", "MultiScaleDSSIM", "Perceptual", "build_perceptual"]
+__all__ = ["LPIPS", "MultiScaleDSSIM", "Perceptual", "build_perceptual", "choose_net"]
+
+logger = logging.getLogger(__name__)
 
 MIN_LPIPS_SIZE = {"vgg": 16, "alex": 31, "squeeze": 17}
 """Pixels below which a network's last feature map is empty."""
@@ -31,12 +35,34 @@ MIN_MS_SSIM_SIZE = 44
 """Rule of torchmetrics: the side divided by (number of scales - 1)^2 exceeds the window minus one."""
 
 
+def choose_net(config: PerceptualConfig) -> PerceptualConfig:
+    """Return the config with its network named, where there is a term and it was left open.
+
+    That is vgg where its weights are there or can be fetched; otherwise distilled, with a warning.
+
+    Raises:
+        UserError: A file called vgg's is damaged.
+    """
+    if config.weight == 0 or config.net is not None:
+        return config
+    missing = why_missing("vgg")
+    if missing is None:
+        return replace(config, net="vgg")
+    logger.warning(
+        "NOT LPIPS: the perceptual term is `distilled`, this project's own small network that was taught by LPIPS, "
+        "because perceptual.net is left out and %s. Published recipes use LPIPS vgg.",
+        missing,
+    )
+    return replace(config, net="distilled")
+
+
 def build_perceptual(config: PerceptualConfig) -> Perceptual | None:
     """Return the perceptual term, frozen and in eval mode; None for weight 0, for which nothing is built or downloaded.
 
     Raises:
         UserError: The network's weights are missing or not what they should be.
     """
+    config = choose_net(config)
     if config.weight == 0:
         return None
     if config.net == "ms_dssim":
@@ -45,6 +71,7 @@ def build_perceptual(config: PerceptualConfig) -> Perceptual | None:
         from sd_vae.losses.distilled import Distilled  # it is built on this module
 
         return Distilled(config.backbone)
+    assert config.net is not None, "it has been chosen"
     return LPIPS(config.net, config.backbone)
 
 

@@ -2,14 +2,17 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lpips import normalize_tensor
 from torch import Tensor
 
 from benchmarks import mini_distill
 from benchmarks.mini_distortions import DISTORTIONS, distort
 from sd_vae.losses.distilled import FILE_NAME, Distilled, FeatureNet
+from sd_vae.losses.perceptual import _build_lpips
 from sd_vae.weights import shipped_folder
 
 
@@ -83,6 +86,30 @@ def test_mislead_brings_images_nearer_in_the_networks_eyes() -> None:
     before, after = (float(mini_distill.distance_parts(net, each, x).detach().mean()) for each in (recon, misled))
     assert after < before
     assert all(parameter.grad is None for parameter in net.parameters())
+
+
+def test_begin_takes_over_what_lpips_says_of_the_first_two_layers() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        teacher, net = SimpleNamespace(model=_build_lpips("alex").eval()), FeatureNet()
+        x, recon = torch.rand(2, 1, 3, 64, 64) * 2 - 1
+
+    mini_distill.begin_(net, teacher)
+
+    with torch.no_grad():
+        ours = net.compare(net(recon), net(x))[:2]
+        layers = [teacher.model.net(teacher.model.scaling_layer(each)) for each in (recon, x)]
+        pairs = [tuple(normalize_tensor(layer[index]) for layer in layers) for index in range(2)]
+        theirs = [teacher.model.lins[index]((a - b).square()) for index, (a, b) in enumerate(pairs)]
+    for distance, expected in zip(ours, theirs, strict=True):
+        # features are softened: measured difference of the means 0.2%
+        assert float(distance.mean()) == pytest.approx(float(expected.mean()), rel=0.01)
+    assert [name for name, each in net.named_parameters() if not each.requires_grad] == [
+        "first.weight",
+        "first.bias",
+        "second.weight",
+        "second.bias",
+    ]
 
 
 def test_distil_learns_what_the_teacher_says() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import regularisers, short_runs, three_losses
+from benchmarks import mini_perceptual, regularisers, short_runs, three_losses
 from sd_vae.autoencoder import AutoencoderKL
 from sd_vae.errors import UserError
 
@@ -98,3 +98,37 @@ def test_regularisers_differ_in_their_term_alone(args: argparse.Namespace) -> No
     assert (plain.equivariance.probability, equivariance.equivariance.probability) == (0.0, 0.5)
     assert (plain.tiling.weight, tiling.tiling.weight) == (0.0, 2.0)
     assert plain.kl == equivariance.kl == tiling.kl
+
+
+def test_perceptual_runs_differ_in_their_term_alone(args: argparse.Namespace) -> None:
+    args.seed, args.weight, args.alex, args.distilled = 3, 0.2, "a.pth", None
+
+    plain, real, ours = (mini_perceptual.run_config(args, term) for term in mini_perceptual.TERMS)
+
+    assert plain.loss.perceptual.weight == 0
+    assert (real.loss.perceptual.net, real.loss.perceptual.backbone) == ("alex", "a.pth")
+    assert (ours.loss.perceptual.net, ours.loss.perceptual.weight) == ("distilled", 0.2)
+    assert real.seed == ours.seed == plain.seed == 3
+    assert {config.optim for config in (plain, real, ours)} == {plain.optim}
+
+
+@pytest.mark.parametrize(("distilled", "met"), [(0.21, [True, True]), (0.23, [False, True]), (0.26, [False, False])])
+def test_perceptual_bars_compare_with_lpips_and_with_l2_alone(distilled: float, met: list[bool]) -> None:
+    distances = {"none": 0.3, "alex": 0.2, "distilled": distilled}
+
+    assert [figure.met for figure in mini_perceptual.training_figures(distances)] == met
+
+
+def test_perceptual_times_are_told_for_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Distance(torch.nn.Module):
+        def forward(self, recon: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            return (recon - x).square().mean(dim=(1, 2, 3))
+
+    monkeypatch.setattr(mini_perceptual, "_vgg", lambda: (Distance(), "random"))
+    ours: Any = Distance()
+
+    alex, vgg = mini_perceptual.time_figures(ours, ours, 2)
+
+    assert alex.value is not None
+    assert alex.value > 0
+    assert vgg.note == "vgg with random weights"

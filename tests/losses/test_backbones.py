@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from sd_vae.errors import UserError
 from sd_vae.losses.backbones import BACKBONES, Backbone, find_backbone
-from sd_vae.losses.perceptual import LPIPS
+from sd_vae.losses.config import PerceptualConfig
+from sd_vae.losses.perceptual import LPIPS, choose_net
 
 
 @pytest.fixture
@@ -184,3 +185,28 @@ def test_backbone_half_precision_is_used_in_fp32(tmp_path, standin):
     model = LPIPS("squeeze", str(tmp_path / "half.safetensors"))
 
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_without_lpips_the_default_is_distilled_and_says_so(hub, caplog):
+    chosen = choose_net(PerceptualConfig(weight=0.3))
+
+    assert chosen == PerceptualConfig(net="distilled", weight=0.3)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "NOT LPIPS: the perceptual term is `distilled`" in record.message
+    assert "vgg16-397923af.pth" in record.message
+    assert "HF_HUB_OFFLINE forbids" in record.message
+
+
+def test_where_lpips_is_there_the_default_is_vgg(hub, caplog):
+    hub.mkdir(parents=True)
+    (hub / BACKBONES["vgg"].file_name).touch()
+
+    assert choose_net(PerceptualConfig()).net == "vgg"
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("config", [PerceptualConfig(net="alex"), PerceptualConfig(weight=0.0)])
+def test_what_is_named_or_not_wanted_stays(hub, caplog, config):
+    assert choose_net(config) is config
+    assert not caplog.records

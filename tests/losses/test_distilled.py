@@ -82,7 +82,7 @@ def test_distilled_has_a_finite_gradient_on_flat_grey(file: Path) -> None:
 
 
 def test_distilled_refuses_images_below_one_cell(file: Path) -> None:
-    with pytest.raises(UserError, match="distilled needs images of at least 16x16 pixels"):
+    with pytest.raises(UserError, match="distilled needs images of at least 31x31 pixels"):
         Distilled(str(file))(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 8))
 
 
@@ -121,9 +121,9 @@ def test_distilled_names_a_missing_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda tensors: tensors.pop("heads.0"), r"heads\.0 is missing there and \(32,\) here \(1 differ\)"),
+        (lambda tensors: tensors.pop("heads.0"), r"heads\.0 is missing there and \(64,\) here \(1 differ\)"),
         (lambda tensors: tensors.update(more=torch.ones(2)), r"more is \(2,\) there and none of its tensors here"),
-        (lambda tensors: tensors.update({"heads.0": torch.ones(3)}), r"heads\.0 is \(3,\) there and \(32,\) here"),
+        (lambda tensors: tensors.update({"heads.0": torch.ones(3)}), r"heads\.0 is \(3,\) there and \(64,\) here"),
         (lambda tensors: tensors["heads.1"].fill_(float("nan")), r"holds NaN or infinity in heads\.1; distil it again"),
     ],
     ids=["missing", "unexpected", "misshapen", "not finite"],

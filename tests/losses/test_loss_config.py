@@ -11,7 +11,11 @@ from sd_vae.validation import from_plain
 def test_loss_config_is_the_sd_recipe_by_default():
     config = LossConfig()
 
-    assert (config.reconstruction, config.perceptual.net, config.perceptual.weight) == ("l2", "vgg", 1.0)
+    assert (config.reconstruction, config.perceptual.net, config.perceptual.weight) == (
+        "l2",
+        None,
+        1.0,
+    )  # None is vgg where it can be had
     assert config.kl == KLConfig(weight=2.08e-8, convention="mean")
 
 
@@ -56,6 +60,11 @@ def test_perceptual_config_names_what_ms_ssim_is_called_now():
 def test_perceptual_config_rejects_empty_backbone():
     with pytest.raises(UserError, match=r"perceptual\.backbone is empty, name a file or leave it out"):
         PerceptualConfig(backbone="")
+
+
+def test_perceptual_config_wants_to_know_whose_weights_they_are():
+    with pytest.raises(UserError, match=r"perceptual\.backbone is 'x\.pth' but perceptual\.net is left out"):
+        PerceptualConfig(backbone="x.pth")
 
 
 def test_loss_config_names_the_path_of_a_wrong_value():

@@ -216,4 +216,4 @@ def test_perceptual_rejects_different_shapes():
 
 
 def test_build_perceptual_with_weight_zero_builds_nothing():
-    assert build_perceptual(PerceptualConfig(weight=0.0, backbone="nowhere.pth")) is None
+    assert build_perceptual(PerceptualConfig(weight=0.0, net="vgg", backbone="nowhere.pth")) is None

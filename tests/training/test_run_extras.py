@@ -20,9 +20,10 @@ from sd_vae.losses import PerceptualConfig
 from sd_vae.losses.backbones import BACKBONES
 from training import resume, train
 from training.batch_size import find_batch_size
+from training.config import load_recipe
 from training.config_extras import BEST_METRICS, ReportConfig
 from training.distributed import build_accelerator
-from training.records import MetricsLog, loss_terms
+from training.records import MetricsLog, loss_terms, read_metrics
 from training.rehearsal import ShortageError, divisors_from, memory_errors
 from training.run_folder import LOCK, RunLock, is_better
 from training.throughput import Throughput, training_flops
@@ -359,3 +360,15 @@ def test_the_perceptual_term_of_every_loss_can_choose() -> None:
     terms = {"loss/" + (f"lpips_{net}" if net in BACKBONES else net) for net in nets}
 
     assert terms <= set(BEST_METRICS)
+
+
+def test_the_run_folder_says_which_perceptual_network_was_chosen(
+    make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # without LPIPS' weights
+    config = make_config(data={"size": 32}, loss={"perceptual": PerceptualConfig(weight=0.1)})
+
+    folder = train(config).folder
+
+    assert load_recipe(folder / "config.yaml").loss.perceptual.net == "distilled"
+    assert "distilled" in read_metrics(folder / "metrics.jsonl")[0]
