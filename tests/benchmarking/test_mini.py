@@ -102,6 +102,25 @@ def test_curve_has_every_checkpoint_once(run: Path, pictures: list[Image.Image])
     assert mini_curve.read_curve(run) == first
 
 
+def test_seen_pixels_are_counted_in_crops(run: Path) -> None:
+    (run / "metrics.jsonl").write_text(
+        '{"step": 5, "samples": 40, "loss": 1.0}\n{"step": 10, "samples": 80, "loss": 1.0}\n'
+    )
+    size = load_recipe(run / "config.yaml").data.size
+
+    assert mini_curve.seen_megapixels(run) == {5: 40 * size**2 / 1e6, 10: 80 * size**2 / 1e6}
+
+
+def test_the_legs_are_drawn_as_one_curve(run: Path, tmp_path: Path) -> None:
+    (run / "metrics.jsonl").write_text('{"step": 100, "samples": 400, "loss": 1.0}\n')
+    (run / "holdout.csv").write_text("step,saved,psnr_db,lpips_alex\n20,x,20.1,0.5\n100,x,21.0,0.4\n")
+
+    mini_curve.plot_curve([run, run], tmp_path / "curve.png")
+
+    with Image.open(tmp_path / "curve.png") as picture:
+        assert picture.size == (1200, 420)
+
+
 def test_measure_compares_pictures_of_eight_bits(tiny_vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch) -> None:
     grey = Image.new("RGB", (16, 16), (100, 100, 100))
     monkeypatch.setattr(tiny_vae, "_decode", lambda z: torch.full((1, 3, 16, 16), 2 * 110.4 / 255 - 1))
