@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from benchmarks import mini_perceptual, regularisers, short_runs, three_losses
+from benchmarks.mini_distortions import DISTORTIONS
 from sd_vae.autoencoder import AutoencoderKL
 from sd_vae.errors import UserError
 
@@ -132,3 +133,14 @@ def test_perceptual_times_are_told_for_both(monkeypatch: pytest.MonkeyPatch) -> 
     assert alex.value is not None
     assert alex.value > 0
     assert vgg.note == "vgg with random weights"
+
+
+def test_every_kind_of_distortion_has_its_correlation() -> None:
+    class Distance(torch.nn.Module):
+        def forward(self, recon: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            return (recon - x).square().mean(dim=(1, 2, 3))
+
+    ours: Any = Distance()
+    photos = list((torch.rand(2, 1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1).unbind())
+
+    assert mini_perceptual.kind_correlations(ours, ours, photos) == pytest.approx(dict.fromkeys(DISTORTIONS, 1.0))

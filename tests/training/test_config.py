@@ -10,7 +10,7 @@ from training.config import REQUIRED, ModelConfig, OptimConfig, load_recipe, sav
 
 SHIPPED = [
     *("beta", "demo", "domain_adapt_lora", "eq_vae", "finetune_decoder", "finetune_ema"),
-    *("from_scratch", "from_scratch_512", "ldm_kl_f8", "mini", "mini_256"),
+    *("from_scratch", "from_scratch_512", "ldm_kl_f8", "mini", "mini_lpips"),
 ]
 
 
