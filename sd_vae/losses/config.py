@@ -21,10 +21,10 @@ class PerceptualConfig:
 
     __pydantic_config__ = STRICT
 
-    net: Literal["vgg", "alex", "squeeze", "distilled", "ms_dssim"] | None = None
+    net: Literal["vgg", "alex", "squeeze", "distilled", "auto", "ms_dssim"] = "auto"
     """LPIPS v0.1 on that network (published SD recipes use vgg); distilled, a small network of this project that was
-    taught by LPIPS; or ms_dssim, structural dissimilarity over three scales, which needs no weights. By default vgg,
-    or distilled with a warning where vgg's weights cannot be had; the run folder says which it was."""
+    taught by LPIPS; or ms_dssim, structural dissimilarity over three scales, which needs no weights. auto is vgg, or
+    distilled with a warning where vgg's weights cannot be had; the run folder says which it was."""
     weight: float = 1.0
     """Factor beside the mean pixel term: 1 is Stable Diffusion's, 0.1 that of ft-MSE; 0 builds no network."""
     backbone: str | None = None
@@ -46,9 +46,9 @@ class PerceptualConfig:
                 f"perceptual.backbone is {self.backbone!r} but perceptual.net is ms_dssim, which has no network; "
                 "leave the backbone out, or choose vgg, alex, squeeze or distilled"
             )
-        if self.backbone and self.net is None:
+        if self.backbone and self.net == "auto":
             problems.append(
-                f"perceptual.backbone is {self.backbone!r} but perceptual.net is left out; say whose weights they are"
+                f"perceptual.backbone is {self.backbone!r} but perceptual.net is auto; say whose weights they are"
             )
         if self.backbone == "":
             problems.append("perceptual.backbone is empty, name a file or leave it out")

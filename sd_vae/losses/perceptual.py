@@ -43,14 +43,14 @@ def choose_net(config: PerceptualConfig) -> PerceptualConfig:
     Raises:
         UserError: A file called vgg's is damaged.
     """
-    if config.weight == 0 or config.net is not None:
+    if config.weight == 0 or config.net != "auto":
         return config
     missing = why_missing("vgg")
     if missing is None:
         return replace(config, net="vgg")
     logger.warning(
         "NOT LPIPS: the perceptual term is `distilled`, this project's own small network that was taught by LPIPS, "
-        "because perceptual.net is left out and %s. Published recipes use LPIPS vgg.",
+        "because perceptual.net is auto and %s. Published recipes use LPIPS vgg.",
         missing,
     )
     return replace(config, net="distilled")
@@ -71,7 +71,6 @@ def build_perceptual(config: PerceptualConfig) -> Perceptual | None:
         from sd_vae.losses.distilled import Distilled  # it is built on this module
 
         return Distilled(config.backbone)
-    assert config.net is not None, "it has been chosen"
     return LPIPS(config.net, config.backbone)
 
 

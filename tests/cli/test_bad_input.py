@@ -31,7 +31,6 @@ BAD = [
     ("convert start o --layout", "--layout needs a value"),
     ("convert start o --lay ldm", "missing: --layout"),
     ("convert start o p --layout ldm", "unknown: p"),
-    ("inspect", "missing: VAE"),
     ("inspect start --confg x", "unknown: --confg x; did you mean --config?"),
     ("train", "say what to train with --config RECIPE, or what to go on with by --resume RUN"),
     ("train --config", "--config needs a value"),

@@ -11,11 +11,7 @@ from sd_vae.validation import from_plain
 def test_loss_config_is_the_sd_recipe_by_default():
     config = LossConfig()
 
-    assert (config.reconstruction, config.perceptual.net, config.perceptual.weight) == (
-        "l2",
-        None,
-        1.0,
-    )  # None is vgg where it can be had
+    assert (config.reconstruction, config.perceptual.net, config.perceptual.weight) == ("l2", "auto", 1.0)
     assert config.kl == KLConfig(weight=2.08e-8, convention="mean")
 
 
@@ -63,7 +59,7 @@ def test_perceptual_config_rejects_empty_backbone():
 
 
 def test_perceptual_config_wants_to_know_whose_weights_they_are():
-    with pytest.raises(UserError, match=r"perceptual\.backbone is 'x\.pth' but perceptual\.net is left out"):
+    with pytest.raises(UserError, match=r"perceptual\.backbone is 'x\.pth' but perceptual\.net is auto; say whose"):
         PerceptualConfig(backbone="x.pth")
 
 

@@ -119,7 +119,7 @@ def test_load_recipe_prefers_a_shipped_recipe_to_a_folder_of_its_name(
     (tmp_path / "demo").mkdir()
     monkeypatch.chdir(tmp_path)
 
-    assert load_recipe("demo").model.preset == "mini"
+    assert load_recipe("demo").model.pretrained == "mini"
 
 
 @pytest.mark.parametrize("name", ["lr", "eps", "weight_decay", "max_grad_norm"])
