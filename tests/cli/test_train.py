@@ -124,7 +124,7 @@ def test_train_names_the_line_of_damaged_metrics(place: Path, capsys: pytest.Cap
 
 def test_train_resumes_from_elsewhere_with_its_perceptual_network(place: Path) -> None:
     recipe = yaml.safe_load(Path("r.yaml").read_text())
-    recipe["loss"]["perceptual"]["backbone"] = "note.txt"
+    recipe["loss"]["perceptual"] |= {"net": "vgg", "backbone": "note.txt"}
     Path("b.yaml").write_text(yaml.safe_dump(recipe))
 
     config = with_absolute_paths(load_recipe("b.yaml"))
