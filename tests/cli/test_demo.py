@@ -63,6 +63,6 @@ def test_demo_of_one_step_runs_to_its_report(tmp_path: Path, capsys: pytest.Capt
     assert code == 0
     assert report == json.loads((tmp_path / "d" / "report.json").read_text())
     rows = [row["name"] for row in report["evaluation"]["rows"]]
-    assert rows[:2] == ["fine-tuned", "mini"]
+    assert rows[:2] == ["mini", "fine-tuned"]
     assert "<html" in (tmp_path / "d" / "report.html").read_text()
     assert (tmp_path / "d" / "run" / "vae" / "config.json").is_file()
