@@ -91,7 +91,7 @@ def shared_tests() -> Result:
 
 
 def demo() -> Result:
-    """`sd-vae demo`: held-out PSNR at least 1 dB above 32x32 box averages, latents that matter, same numbers twice."""
+    """`sd-vae demo`: held-out PSNR at least 1 dB above 16x16 box averages, latents that matter, same numbers twice."""
     with tempfile.TemporaryDirectory() as folder:
         reports = []
         durations = []
@@ -108,15 +108,16 @@ def demo() -> Result:
     facts = next(part["facts"] for part in report["sections"] if part["title"] == "What was checked")
     swapped = [float(value.split()[0]) for name, value in facts.items() if name.startswith("PSNR from")]
     difference = float(facts["Difference to plain diffusers"].split()[0])
-    above = psnr["trained"] - psnr["32x32 box average"]
+    tuned = psnr["fine-tuned"]
+    above = tuned - psnr["16x16 box average"]
     same = reports[0]["evaluation"] == reports[1]["evaluation"]
     figure = (
-        f"{psnr['trained']:.2f} dB, {above:+.2f} to the 32x32 box average (bar +1), "
-        f"{psnr['trained'] - psnr['16x16 box average']:+.2f} to the 16x16 one (aim 0); zeros and swapped latents lose "
-        f"{psnr['trained'] - max(swapped):.1f} dB or more (bar 5); diffusers differs by {difference:.1e} (bar 1e-5); "
+        f"{psnr['mini']:.2f} dB, fine-tuned {tuned:.2f}, {above:+.2f} to the 16x16 box average (bar +1), "
+        f"{tuned - psnr['8x8 box average']:+.2f} to the 8x8 one (aim 0); zeros and swapped latents lose "
+        f"{tuned - max(swapped):.1f} dB or more (bar 5); diffusers differs by {difference:.1e} (bar 1e-5); "
         f"{max(durations):.0f} s (bar 300); two runs {'equal' if same else 'differ'}"
     )
-    met = above >= 1 and psnr["trained"] - max(swapped) >= 5 and difference <= 1e-5 and same and max(durations) <= 300
+    met = above >= 1 and tuned - max(swapped) >= 5 and difference <= 1e-5 and same and max(durations) <= 300
     return Result(met=met, figure=figure)
 
 

@@ -3,7 +3,8 @@
     python -m benchmarks.mini_distill ../mini_data/train --holdout ../mini_data/holdout --alex ALEXNET
         --squeeze SQUEEZENET --vae VAE [VAE ...] --out sd_vae/weights/distilled
 
-The network begins with AlexNet's first two layers and their heads, which stay; what it learns is the third.
+The network begins with AlexNet's first two layers, which stay, and LPIPS' heads on them; it learns all heads and the
+third layer.
 Damage is that of `benchmarks.mini_distortions` and reconstructions of VAEs at several stages of training. Distances are
 compared as logarithms, for whole crops and for each of 4x4 parts. As the network will be minimised, and a minimum is
 where a taught distance can be wrong unnoticed, every other batch holds images that one step along the network's own

@@ -90,7 +90,7 @@ class OptimConfig:
 
     name: Literal["adamw", "muon"] = "adamw"
     """AdamW, or Muon: the weights of convolutions and of linear layers move by orthogonalised momentum, all else by
-    AdamW. From random weights Muon takes fewer steps; a step of it costs 5 to 10% more."""
+    AdamW. From random weights Muon takes fewer steps, each of which costs more where batches are small."""
     lr: float = 1e-4
     """Learning rate after warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)

@@ -68,7 +68,9 @@ def run(argv: list[str]) -> None:
     _write_photos(args.out / "photos")
     say(f"2/6 {DEFAULT_VAE}, which ships with sd-vae: 512x512 to 64x64x4 latents and back, on photos that it never saw")
     shipped = sd_vae.load_vae(DEFAULT_VAE)
-    _print_numbers(_evaluate(args.out, {DEFAULT_VAE: shipped}))
+    first = _evaluate(args.out, {DEFAULT_VAE: shipped})
+    if not args.json:
+        _print_numbers(first)
 
     from training.config import load_recipe
 
@@ -236,7 +238,7 @@ def _report(
     shuffled = shuffled_latents_psnr_db(ours, held_out, size=SIZE)
     rows = read_metrics(out / "run" / "metrics.jsonl")
     perceptual = config.loss.perceptual
-    names = {"loss": "loss", "reconstruction": "L2", f"{perceptual.net}": f"{perceptual.net}"}
+    names = {"loss": "loss", "reconstruction": "L2", perceptual.net: perceptual.net}
     names |= {"kl": "KL", "validation/psnr_db": "validation PSNR, dB"}
     curves = {label: [(int(row["step"]), row[key]) for row in rows if key in row] for key, label in names.items()}
     checks = Section(

@@ -1,6 +1,6 @@
 """A perceptual distance of our own: a small network that was taught what LPIPS says, in a file that ships.
 
-LPIPS costs more than a small VAE, and its backbones cannot be fetched on an offline machine. This network has the form
+LPIPS' backbones cannot be fetched on an offline machine, and the usual one is expensive. This network has the form
 of LPIPS (features of both images, scaled to unit length, squared differences weighted by channel). Its first two layers
 are AlexNet's, which say most of what LPIPS says; the third stands for the other three and was taught. It agrees with
 LPIPS where it was taught to, and is never reported as LPIPS. `docs/mini.md` says how it is made.

@@ -39,9 +39,6 @@ def choose_net(config: PerceptualConfig) -> PerceptualConfig:
     """Return the config with its network named, where there is a term and it was left open.
 
     That is vgg where its weights are there or can be fetched; otherwise distilled, with a warning.
-
-    Raises:
-        UserError: A file called vgg's is damaged.
     """
     if config.weight == 0 or config.net != "auto":
         return config
