@@ -1,9 +1,11 @@
 """What ships beside TAESD: Kodak at 512x512, time, latent variance, equivariance. Run once, when training is over.
 
-    python -m benchmarks.mini_bars mini --kodak KODAK --taesd TAESD --holdout ../mini_data/holdout --backbone ALEXNET
+    python -m benchmarks.mini_bars mini --kodak KODAK --taesd TAESD --photos ../mini_data/train \
+        --holdout ../mini_data/holdout --backbone ALEXNET
 
 Quality is that of central 512x512 squares through the posterior's mode, rounded to 8 bits. Nothing is chosen by these
-numbers: choices are made on held-out training photos (`benchmarks.mini_curve`).
+numbers: choices are made on held-out training photos (`benchmarks.mini_curve`). Variances are those of the photos that
+did not set the scale (`benchmarks.mini_release`).
 """
 
 import argparse
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from benchmarks.figures import ROOT, Figure, append, to_markdown
 from benchmarks.mini_curve import central_square, measure
-from benchmarks.mini_release import SIZE, latent_moments
+from benchmarks.mini_release import SIZE, every_other, latent_moments
 from eval.metrics import ssim
 from eval.models import decode, encode, load_autoencoder
 from eval.roundtrip import decode_picture, encode_picture
@@ -125,7 +127,7 @@ def main() -> None:
     """Measure, print as JSON, and keep the table in benchmarks/mini.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("vae", help="what is judged: a folder, or `mini` for what ships")
-    for name in ("kodak", "taesd", "holdout", "backbone"):
+    for name in ("kodak", "taesd", "photos", "holdout", "backbone"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--rounds", type=int, default=9, help="for the times")
     parser.add_argument("--keep", action="store_true", help="add the table to benchmarks/mini.md")
@@ -137,16 +139,22 @@ def main() -> None:
     squares = [central_square(kodak.load(index), KODAK_SIZE) for index in range(len(kodak))]
     held_out = [central_square(holdout.load(index), SIZE) for index in range(len(holdout))]
     own_seconds, other_seconds = seconds([ours, taesd], KODAK_SIZE, args.rounds)
-    std = latent_moments(ours, held_out).std * ours.config.scaling_factor
+    factor = ours.config.scaling_factor
+    variances, held_out_variances = (
+        (factor * latent_moments(ours, pictures).std).square().tolist()
+        for pictures in (every_other(open_source(args.photos), 1), held_out)
+    )
     figures = to_figures(
         quality(ours, squares, perceptual),
         quality(taesd, squares, perceptual),
         (own_seconds, other_seconds),
-        std.square().tolist(),
+        variances,
     )
     errors = equivariance_errors(ours, held_out)
-    table = to_markdown(figures) + "\n\nEquivariance errors on held-out photos: "
-    table += ", ".join(f"{name} {error:.3f}" for name, error in errors.items()) + "."
+    named = ", ".join(f"{name} {error:.3f}" for name, error in errors.items())
+    others = ", ".join(f"{variance:.3f}" for variance in held_out_variances)
+    beside = f"On the {len(held_out)} held-out photos: equivariance errors {named}; variances {others}."
+    table = f"{to_markdown(figures)}\n\n{beside}"
     print(
         json.dumps({figure.name: [figure.value, figure.verdict, figure.note] for figure in figures} | errors, indent=1)
     )

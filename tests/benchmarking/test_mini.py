@@ -139,6 +139,20 @@ def test_central_square_does_not_resize() -> None:
     assert square.getpixel((0, 0)) == image.getpixel((2, 0))
 
 
+def test_every_other_takes_each_photo_once(tmp_path: Path) -> None:
+    for index, colour in enumerate((0, 50, 100, 150, 200)):
+        (tmp_path / "photos" / str(index % 2)).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (300, 280), (colour,) * 3).save(tmp_path / "photos" / str(index % 2) / f"{index}.png")
+    paths = sorted((tmp_path / "photos").rglob("*.png"))
+    mini_data.write_tables([path for path in paths for _ in range(3)], tmp_path / "tables", max_bytes=10**6)
+    source = open_source(str(tmp_path / "tables"))
+
+    parts = [[picture.getpixel((0, 0))[0] for picture in mini_release.every_other(source, first)] for first in (0, 1)]
+
+    assert parts == [[0, 200, 150], [100, 50]]  # folder 0 holds 0, 100, 200
+    assert {picture.size for picture in mini_release.every_other(source, 0)} == {(256, 256)}
+
+
 @torch.no_grad()
 def test_balance_gives_every_channel_unit_variance(tiny_vae: AutoencoderKL, pictures: list[Image.Image]) -> None:
     tiny_vae.quant_conv.weight[0] *= 30
