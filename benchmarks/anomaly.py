@@ -1,6 +1,6 @@
 """How well `sd-vae anomaly` tells photos with defects from the same photos without, and food from everything else.
 
-    python -m benchmarks.anomaly VAE --photos ../shared/data/photos_train --work ../anomaly --limit 400
+    python -m benchmarks.anomaly VAE --photos ../shared/data/photos_train --work ../anomaly
 
 Normal photos are those that `benchmarks.mini_data` trains on; the held-out ones are scored as they are and with a
 defect of each kind. The commands are run as a user would; WORK keeps the photos, the detectors and the reports. Prints
@@ -118,13 +118,13 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, required=True, help="folder of folders of photos")
     parser.add_argument("--work", type=Path, required=True, help="folder for photos, detectors and reports")
     parser.add_argument("--size", type=int, default=256, help="side of the squares in pixels")
-    parser.add_argument("--limit", type=int, default=400, help="normal photos at most")
-    parser.add_argument("--painted", type=int, default=400, help="pictures that defects are painted into")
+    parser.add_argument("--limit", type=int, default=1200, help="normal photos at most")
+    parser.add_argument("--steps", type=int, default=3000, help="batches that the network learns from")
     args = parser.parse_args()
     make_photos(args.photos, args.work, size=args.size, limit=args.limit)
     shared = ["--size", str(args.size)]
-    defects = _run(args.vae, args.work, "normal", "defects", [*shared, "--painted", str(args.painted)])
-    kinds = _run(args.vae, args.work, "food", "kinds", [*shared, "--painted", "0"])
+    defects = _run(args.vae, args.work, "normal", "defects", [*shared, "--steps", str(args.steps)])
+    kinds = _run(args.vae, args.work, "food", "kinds", [*shared, "--steps", "0"])
     print("\n".join(table(defects | {"food against everything else": kinds["other"]})))
     for kind in DEFECTS:
         name, best = max(defects[kind].items(), key=lambda item: item[1]["value"])

@@ -12,9 +12,9 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LRScheduler
 
 from sd_vae.errors import UserError
+from sd_vae.muon import Muon
 
 from .config import OptimConfig
-from .muon import Muon
 
 __all__ = ["Mover", "build_optimizer", "build_schedule"]
 

@@ -51,12 +51,9 @@ class Args:
     """Share of the pictures that nothing is fitted to: alarms are calibrated on them."""
     false_alarm_rate: float = 0.05
     """Rate for which thresholds are printed; `anomaly score` takes any."""
-    painted: int = 400
-    """Pictures at most that defects are painted into, for the network; 0 leaves the network and its score out."""
-    epochs: int = 12
-    """How often the network sees each of them."""
-    first_steps: int = 3000
-    """Batches of 16 painted squares that it learns from before, without the VAE."""
+    steps: int = 3000
+    """Batches of 8 normal squares and the same 8 with painted defects that a network learns from; 0 leaves the network
+    and its scores out."""
     perceptual_net: Literal["none", "alex", "squeeze", "vgg"] = "none"
     """Network of LPIPS, for the score of that name; none leaves it out."""
     perceptual_backbone: str | None = None
@@ -94,9 +91,7 @@ def run(argv: list[str]) -> None:
 
     config = FitConfig(
         calibration=args.calibration,
-        num_painted=args.painted,
-        num_epochs=args.epochs,
-        num_first_steps=args.first_steps,
+        num_steps=args.steps,
         seed=args.seed,
     )
     require_writable_target(args.out, overwrite=args.overwrite)
@@ -122,10 +117,9 @@ def run(argv: list[str]) -> None:
         normal=args.normal,
         num_normal=pixels.count,
         num_calibrated=len(detector.calibration["pixel"]),
-        num_painted=args.painted,
+        num_steps=args.steps,
         seed=args.seed,
         lpips_net=detector.lpips_net,
-        has_network=detector.net is not None,
     )
     save_detector(args.out, detector, origin)
     thresholds = {name: choose_threshold(detector.calibration[name], args.false_alarm_rate) for name in detector.scores}

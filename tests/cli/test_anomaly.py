@@ -54,7 +54,7 @@ def fitted(tmp_path_factory):
     write_crops(place / "normal", 44, seed=0)
     write_crops(place / "test" / "good", 5, seed=1)
     write_crops(place / "test" / "hole", 5, seed=2, spoil=with_hole)
-    options = ("--painted", 2, "--epochs", 1, "--first-steps", 1, "--false-alarm-rate", 0.1)
+    options = ("--steps", 2, "--false-alarm-rate", 0.1)
     code = anomaly("fit", place / "vae", place / "normal", "--out", place / "m.safetensors", *QUICK, *options)
     assert code == 0
     return place
@@ -67,7 +67,7 @@ def score(fitted, out, *arguments, data="test"):
 
 def test_fit_prints_its_thresholds(fitted, tmp_path, capsys):
     code = anomaly(
-        "fit", fitted / "vae", fitted / "normal", "--out", tmp_path / "m.safetensors", *QUICK, "--painted", 0,
+        "fit", fitted / "vae", fitted / "normal", "--out", tmp_path / "m.safetensors", *QUICK, "--steps", 0,
         "--false-alarm-rate", 0.1, "--json",
     )  # fmt: skip
 
@@ -80,7 +80,7 @@ def test_fit_prints_its_thresholds(fitted, tmp_path, capsys):
 
 
 def test_fit_gives_the_same_detector_again(fitted, tmp_path):
-    options = ("--painted", 2, "--epochs", 1, "--first-steps", 1, "--false-alarm-rate", 0.1)
+    options = ("--steps", 2, "--false-alarm-rate", 0.1)
 
     anomaly("fit", fitted / "vae", fitted / "normal", "--out", tmp_path / "m.safetensors", *QUICK, *options)
 
@@ -120,7 +120,7 @@ def test_fit_refuses_weights_of_no_network(fitted, tmp_path, capsys):
 def test_fit_leaves_out_what_it_cannot_read(fitted, tmp_path, capsys):
     shutil.copytree(fitted / "normal", tmp_path / "mixed")
     (tmp_path / "mixed" / "broken.png").write_text("no picture")
-    options = ("--painted", 0, "--false-alarm-rate", 0.1, "--out", tmp_path / "m")
+    options = ("--steps", 0, "--false-alarm-rate", 0.1, "--out", tmp_path / "m")
 
     assert anomaly("fit", fitted / "vae", tmp_path / "mixed", *QUICK, *options) == 0
     assert "broken.png, not-a-picture" in capsys.readouterr().err
@@ -195,7 +195,7 @@ def _another_vae(fitted, tmp_path):
     ("arguments", "complaint"),
     [
         (lambda fitted, tmp_path: ["--normal", "fine"], "'good', 'hole', none of which is normal (fine)"),
-        (lambda fitted, tmp_path: ["--by", "luck"], "has no score 'luck'; choose one of: learned, joint"),
+        (lambda fitted, tmp_path: ["--by", "luck"], "has no score 'luck'; choose one of: learned, lines, blur"),
         (lambda fitted, tmp_path: ["--by", "lpips"], "has no score 'lpips'"),
         (lambda fitted, tmp_path: ["--vae", tmp_path / "gone"], "gone"),
         (_another_vae, "was fitted with a VAE of fingerprint"),

@@ -25,6 +25,7 @@ from sd_vae.latents.anomaly import (
 )
 from sd_vae.latents.anomaly.evidence import look, weigh, windows
 from sd_vae.latents.anomaly.heat import heat_map
+from sd_vae.latents.anomaly.painting import KINDS
 
 SIDE = 24
 
@@ -53,7 +54,7 @@ def vae():
 
 @pytest.fixture(scope="module")
 def detector(vae):
-    return fit(vae, crops(40), FitConfig(num_painted=4, num_epochs=1, num_first_steps=1))
+    return fit(vae, crops(40), FitConfig(num_steps=2))
 
 
 @pytest.fixture
@@ -66,9 +67,8 @@ def origin(vae, detector):
         normal="normal",
         num_normal=40,
         num_calibrated=10,
-        num_painted=4,
+        num_steps=2,
         seed=0,
-        has_network=True,
     )
 
 
@@ -77,7 +77,7 @@ def test_fit_calibrates_on_pictures_that_it_leaves_out(detector):
 
 
 def test_fit_is_the_same_again(vae, detector):
-    again = fit(vae, crops(40), FitConfig(num_painted=4, num_epochs=1, num_first_steps=1))
+    again = fit(vae, crops(40), FitConfig(num_steps=2))
 
     assert again.calibration == detector.calibration
 
@@ -85,16 +85,16 @@ def test_fit_is_the_same_again(vae, detector):
 def test_fit_tells_how_far_it_is(vae):
     told = []
 
-    fit(vae, crops(8), FitConfig(num_painted=0), progress=lambda stage, done, total: told.append((stage, done)))
+    fit(vae, crops(8), FitConfig(num_steps=0), progress=lambda stage, done, total: told.append((stage, done)))
 
     assert told[:2] == [("looking at normal pictures", 1), ("looking at normal pictures", 2)]
     assert told[-1] == ("calibrating", 2)
 
 
-def test_fit_without_painting_has_no_learned_score(vae):
-    detector = fit(vae, crops(8), FitConfig(num_painted=0))
+def test_fit_without_a_network_has_no_learned_scores(vae):
+    detector = fit(vae, crops(8), FitConfig(num_steps=0))
 
-    assert detector.net is None
+    assert detector.taught is None
     assert detector.scores == ("joint", "elbo", "pooled", "local", "structure", "pixel")
 
 
@@ -102,14 +102,12 @@ def test_fit_needs_pictures_on_both_sides(vae):
     with pytest.raises(UserError, match="1 normal pictures are left to fit to"):
         fit(vae, crops(2), FitConfig(calibration=0.5))
     with pytest.raises(UserError, match="1 normal pictures are left to calibrate alarms on"):
-        fit(vae, crops(4), FitConfig(num_painted=0))
+        fit(vae, crops(4), FitConfig(num_steps=0))
 
 
 def test_config_names_every_value_that_is_out_of_range():
-    with pytest.raises(
-        UserError, match=r"calibration is 1.*num_painted is -1.*num_epochs is 0.*num_first_steps is -1.*seed is -1"
-    ):
-        FitConfig(calibration=1.0, num_painted=-1, num_epochs=0, num_first_steps=-1, seed=-1)
+    with pytest.raises(UserError, match=r"calibration is 1.*num_steps is -1.*seed is -1"):
+        FitConfig(calibration=1.0, num_steps=-1, seed=-1)
 
 
 def test_score_gives_every_score_and_map(vae, detector):
@@ -121,6 +119,16 @@ def test_score_gives_every_score_and_map(vae, detector):
     assert {tuple(values.shape) for values in found.scores.values()} == {(3,)}
     assert {tuple(values.shape) for values in found.maps.values()} == {(3, SIDE // 2, SIDE // 2)}
     assert set(found.maps) == set(found.scores) - {"pooled"}
+
+
+def test_learned_is_the_kind_that_is_furthest_from_normal(vae, detector):
+    found = score(detector, vae, to_unit_range(torch.stack(crops(3, seed=1))))
+
+    mean, std = detector.taught.mean, detector.taught.std
+    scaled = [(found.scores[kind] - mean[index]) / std[index] for index, kind in enumerate(KINDS)]
+    maps = [(found.maps[kind] - mean[index]) / std[index] for index, kind in enumerate(KINDS)]
+    assert torch.equal(found.scores["learned"], torch.stack(scaled).amax(dim=0))
+    torch.testing.assert_close(found.maps["learned"], torch.stack(maps).amax(dim=0))
 
 
 def test_score_of_a_picture_does_not_depend_on_the_batch(vae, detector):
@@ -194,7 +202,7 @@ def test_lpips_is_a_score_with_a_map_whose_mean_is_lpips(vae, shared):
     perceptual = LPIPS("alex", str(shared / "weights" / "alexnet_features_torchvision.pth"))
     photos = torch.from_numpy(skimage.data.astronaut()).permute(2, 0, 1)
     pictures = [photos[:, 64 * index : 64 * index + 64, 100:164] for index in range(7)]
-    detector = fit(vae, pictures, FitConfig(calibration=0.3, num_painted=0), perceptual=perceptual)
+    detector = fit(vae, pictures, FitConfig(calibration=0.3, num_steps=0), perceptual=perceptual)
     seen = look(vae, to_unit_range(pictures[0][None]))
 
     found = detector.examine(seen, perceptual)
@@ -245,8 +253,8 @@ def test_a_damaged_detector_is_refused_with_what_is_wrong(detector, origin, tmp_
     [
         ("{", "the description in .* is not JSON"),
         ("[]", "has version None of a detector's layout"),
-        ('{"version": 2}', "has version 2 of a detector's layout, this sd-vae reads version 1"),
-        ('{"version": 1}', "vae is missing"),
+        ('{"version": 1}', "has version 1 of a detector's layout, this sd-vae reads version 2"),
+        ('{"version": 2}', "vae is missing"),
     ],
 )
 def test_a_description_that_cannot_be_read_is_refused(tmp_path, text, complaint):

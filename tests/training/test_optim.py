@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sd_vae.muon import Muon, orthogonalise
 from training.config import OptimConfig
-from training.muon import Muon, orthogonalise
 from training.optim import build_optimizer
 
 STEPS = 4

@@ -1,6 +1,6 @@
 """What is normal, as learned from normal pictures, and how far other pictures are from it: scores and heat maps.
 
-Shapes: B pictures, C latent channels, h w latent cells, N vectors, K maps.
+Shapes: B pictures, C latent channels, K kinds of defects, h w latent cells, N vectors, M maps.
 """
 
 from __future__ import annotations
@@ -17,15 +17,18 @@ from torch.nn.functional import interpolate
 from sd_vae.errors import UserError
 from sd_vae.latents.anomaly.evidence import Evidence, Seen, look, weigh, windows
 from sd_vae.latents.anomaly.gaussian import Gaussian
+from sd_vae.latents.anomaly.painting import KINDS
 
 if TYPE_CHECKING:
     from sd_vae.autoencoder import AutoencoderKL
     from sd_vae.latents.anomaly.network import DefectNet
     from sd_vae.losses.perceptual import LPIPS
 
-__all__ = ["SCORES", "Detector", "Findings", "ScoreName", "score"]
+__all__ = ["SCORES", "Detector", "Findings", "ScoreName", "Taught", "score"]
 
-ScoreName = Literal["pixel", "structure", "lpips", "local", "pooled", "elbo", "joint", "learned"]
+ScoreName = Literal[
+    "pixel", "structure", "lpips", "local", "pooled", "elbo", "joint", "patch", "noise", "blur", "lines", "learned"
+]
 
 SCORES: dict[ScoreName, str] = {
     "pixel": "reconstruction error of pixels, mean of the worst cells",
@@ -35,9 +38,16 @@ SCORES: dict[ScoreName, str] = {
     "pooled": "Mahalanobis distance of the latents' channel means and deviations",
     "elbo": "negative evidence lower bound, in nats a pixel value",
     "joint": "Mahalanobis distance of all of a picture's figures together; the map is that of a cell's figures",
-    "learned": "log-odds of a defect by a network taught on painted defects, mean of the worst cells",
+    "patch": "log-odds of a part from elsewhere, by the network taught on painted defects, mean of the worst cells",
+    "noise": "log-odds of noise, by the same network",
+    "blur": "log-odds of blur, by the same network",
+    "lines": "log-odds of lines and scratches, by the same network",
+    "learned": "the largest of patch, noise, blur and lines, in standard deviations of normal pictures",
 }
-"""Name to what it is; higher is less normal. All but pooled have a heat map."""
+"""Name to what it is, the one to rely on last; higher is less normal. All but pooled have a heat map."""
+
+TAUGHT: tuple[ScoreName, ...] = ("learned", *KINDS)
+"""Scores that there are with a network only."""
 
 PEAK_SHARE = 0.01
 """The worst cells are this share of a picture's, and at least one."""
@@ -56,6 +66,33 @@ class Findings(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Taught:
+    """A network that was taught on painted defects, and how sure of each kind it is where there is none."""
+
+    net: DefectNet
+    mean: Tensor
+    """(K,), of the scores of normal pictures."""
+    std: Tensor
+    """(K,), of the same."""
+
+    def maps(self, x: Tensor, cells: torch.Size) -> dict[ScoreName, Tensor]:
+        """Return log-odds by kind, and as `learned` the largest in standard deviations, (B, h, w) each.
+
+        Args:
+            x: Images (B, 3, H, W) in [-1, 1].
+            cells: h and w.
+        """
+        logits = interpolate(self.net(x), size=cells, mode="bilinear", align_corners=False)  # (B, K, h, w)
+        found: dict[ScoreName, Tensor] = {kind: logits[:, index] for index, kind in enumerate(KINDS)}
+        scaled = (logits - self.mean[:, None, None]) / self.std[:, None, None]
+        return found | {"learned": scaled.amax(dim=1)}
+
+    def largest(self, scores: Mapping[ScoreName, Tensor]) -> Tensor:
+        """Return the largest of the kinds' scores (B,), in standard deviations."""
+        return ((torch.stack([scores[kind] for kind in KINDS], dim=1) - self.mean) / self.std).amax(dim=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Detector:
     """What is normal to a VAE; made by `fit`, kept by `save_detector`."""
 
@@ -69,7 +106,7 @@ class Detector:
     """Logarithms of a cell's figures."""
     joint: Gaussian
     """Logarithms of means and peaks of a picture's maps, and its pooled latents."""
-    net: DefectNet | None
+    taught: Taught | None
     """What was taught on painted defects; None where that was left out."""
     lpips_net: str | None
     """Network of the LPIPS that belongs to it; None for none."""
@@ -81,9 +118,7 @@ class Detector:
     @property
     def scores(self) -> tuple[ScoreName, ...]:
         """Scores that it gives, the one to rely on first."""
-        left_out = {"lpips"} if self.lpips_net is None else set()
-        left_out |= {"learned"} if self.net is None else set()
-        return tuple(name for name in reversed(SCORES) if name not in left_out)
+        return tuple(reversed(score_names(has_lpips=self.lpips_net is not None, has_network=self.taught is not None)))
 
     @torch.inference_mode()
     def examine(self, seen: Seen, perceptual: LPIPS | None = None) -> Findings:
@@ -115,14 +150,14 @@ class Detector:
         }
         if evidence.lpips is not None:
             maps["lpips"] = evidence.lpips
-        if self.net is not None:
-            logits = self.net(seen.x, seen.recon, seen.mean)
-            sized = interpolate(logits[:, None], size=local.shape[-2:], mode="bilinear", align_corners=False)
-            maps["learned"] = sized[:, 0]
+        if self.taught is not None:
+            maps |= self.taught.maps(seen.x, local.shape[-2:])
         scores: dict[ScoreName, Tensor] = {name: peak(values) for name, values in maps.items()}
         scores["elbo"] = maps["elbo"].mean(dim=(1, 2))
         scores["pooled"] = self.pooled.distance(pooled_vectors(evidence))
         scores["joint"] = self.joint.distance(vectors)
+        if self.taught is not None:
+            scores["learned"] = self.taught.largest(scores)
         return Findings({name: scores[name] for name in self.scores}, maps)
 
     def _elbo_map(self, evidence: Evidence, seen: Seen) -> Tensor:
@@ -133,6 +168,12 @@ class Detector:
         values = seen.x[0].numel() / evidence.pixel[0].numel()
         distortion = 0.5 * (math.log(2 * math.pi * self.noise) + evidence.pixel / self.noise)
         return distortion + evidence.rate / values
+
+
+def score_names(*, has_lpips: bool, has_network: bool) -> list[ScoreName]:
+    """Return the scores of a detector, the one to rely on last."""
+    left_out = (() if has_lpips else ("lpips",)) + (() if has_network else TAUGHT)
+    return [name for name in SCORES if name not in left_out]
 
 
 def score(detector: Detector, vae: AutoencoderKL, x: Tensor, perceptual: LPIPS | None = None) -> Findings:
@@ -168,12 +209,12 @@ def pooled_vectors(evidence: Evidence) -> Tensor:
 
 
 def cell_vectors(evidence: Evidence, local: Tensor) -> Tensor:
-    """Return the logarithms of each cell's figures, (B h w, K)."""
+    """Return the logarithms of each cell's figures, (B h w, M)."""
     return _log(torch.stack([*_figures(evidence), local], dim=-1)).flatten(0, 2)
 
 
 def picture_vectors(evidence: Evidence, local: Tensor, cells: Tensor) -> Tensor:
-    """Return logarithms of each map's mean and peak, and the pooled latents, (B, 2 (K + 1) + 2 C)."""
+    """Return logarithms of each map's mean and peak, and the pooled latents, (B, 2 (M + 1) + 2 C)."""
     maps = [*_figures(evidence), local, cells]
     means = torch.stack([values.mean(dim=(1, 2)) for values in maps], dim=1)
     peaks = torch.stack([peak(values) for values in maps], dim=1)

@@ -1,10 +1,10 @@
 """Learning what is normal from normal pictures alone.
 
 The pictures are parted: what is normal is fitted to most of them, and alarms are calibrated on the others, to which
-nothing was fitted; on its own pictures a detector would look better than it is. Into some of the first part defects are
+nothing was fitted; on its own pictures a detector would look better than it is. Into the first part defects are
 painted, for the network that looks for what does not belong.
 
-Shapes: C latent channels, H W pixels, h w latent cells.
+Shapes: C latent channels, K kinds of defects, H W pixels, h w latent cells.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ from sd_vae.images import to_unit_range
 from sd_vae.latents.anomaly.detector import (
     Detector,
     ScoreName,
+    Taught,
     cell_vectors,
     local_map,
+    peak,
     picture_vectors,
     pooled_vectors,
 )
-from sd_vae.latents.anomaly.evidence import Evidence, Seen, look, weigh, windows
+from sd_vae.latents.anomaly.evidence import Evidence, look, weigh, windows
 from sd_vae.latents.anomaly.gaussian import Gaussian
-from sd_vae.latents.anomaly.network import BATCH_SIZE, Example, teach
-from sd_vae.latents.anomaly.painting import paint
+from sd_vae.latents.anomaly.network import teach
 from sd_vae.latents.statistics import PictureSums
 
 if TYPE_CHECKING:
@@ -40,14 +41,16 @@ if TYPE_CHECKING:
 
 __all__ = ["FitConfig", "Progress", "fit"]
 
-EXAMPLE_SIDE = 128
-"""Pixels of the squares that the network learns from, at most."""
 PICTURE_SIDE = 256
 """Pixels of the squares of normal pictures that are kept for painting, at most."""
 MAX_PICTURES = 1000
 """So many are kept; together they take 200 MB."""
+MAX_PEAKS = 200
+"""Of these, so many tell how sure of a defect the network is in normal pictures."""
 LEAST_NOISE = 1e-6
 """Mean squared error, in [-1, 1], below which a reconstruction counts as perfect: far less than 8 bits resolve."""
+LEAST_DEVIATION = 1e-3
+"""Of log-odds in normal pictures."""
 MAX_CELLS = 1_000_000
 """Cells of normal pictures that the range of a heat map is taken from."""
 
@@ -65,12 +68,8 @@ class FitConfig:
 
     calibration: float = 0.25
     """Share of the normal pictures that alarms are calibrated on; spread evenly over them."""
-    num_painted: int = 400
-    """Pictures at most that defects are painted into, for the network; 0 leaves the network out."""
-    num_epochs: int = 12
-    """How often the network sees each painted picture and its normal twin."""
-    num_first_steps: int = 3000
-    """Batches of 16 that the network learns from before that, without the VAE."""
+    num_steps: int = 3000
+    """Batches of 8 normal squares and the same 8 with painted defects that the network learns from; 0 leaves it out."""
     seed: int = 0
     """Of the painted defects and of the network."""
 
@@ -83,12 +82,8 @@ class FitConfig:
         problems = []
         if not 0 < self.calibration < 1:
             problems.append(f"calibration is {self.calibration}, it must be above 0 and below 1")
-        if self.num_painted < 0:
-            problems.append(f"num_painted is {self.num_painted}, it must be 0 or more")
-        if self.num_epochs < 1:
-            problems.append(f"num_epochs is {self.num_epochs}, it must be at least 1")
-        if self.num_first_steps < 0:
-            problems.append(f"num_first_steps is {self.num_first_steps}, it must be 0 or more")
+        if self.num_steps < 0:
+            problems.append(f"num_steps is {self.num_steps}, it must be 0 or more")
         if self.seed < 0:
             problems.append(f"seed is {self.seed}, it must be 0 or more")
         if problems:
@@ -117,17 +112,20 @@ def fit(
     """
     config, tell = config or FitConfig(), progress or (lambda stage, done, total: None)
     evidence: list[Evidence] = []
-    examples: list[Example] = []
-    painter = _Painter(vae, config)
+    kept: list[np.ndarray] = []
+    rng = np.random.default_rng(config.seed)
     for x in _part(pictures, config.calibration, is_calibration=False):
-        seen = look(vae, to_unit_range(x)[None])
-        evidence.append(weigh(seen, perceptual))
-        examples += painter(x, seen)
+        evidence.append(weigh(look(vae, to_unit_range(x)[None]), perceptual))
+        if config.num_steps and len(kept) < MAX_PICTURES:
+            kept.append(_square(x.permute(1, 2, 0).numpy(), rng))
         tell("looking at normal pictures", len(evidence), None)
     if len(evidence) < 2:
         raise UserError(f"{len(evidence)} normal pictures are left to fit to; give more, or calibrate on fewer.")
-    net = _teach(examples, painter.pictures, config, tell) if examples else None
-    detector = _summarize(evidence, net, None if perceptual is None else perceptual.name.removeprefix("lpips_"))
+    detector = _summarize(
+        evidence,
+        _teach(kept, config, tell) if kept else None,
+        None if perceptual is None else perceptual.name.removeprefix("lpips_"),
+    )
     return _calibrate(detector, vae, _part(pictures, config.calibration, is_calibration=True), perceptual, tell)
 
 
@@ -138,72 +136,34 @@ def _part(pictures: Iterable[Tensor], share: float, *, is_calibration: bool) -> 
             yield x
 
 
-class _Painter:
-    """Makes examples of a picture and of the same one with defects, until there are enough."""
-
-    def __init__(self, vae: AutoencoderKL, config: FitConfig) -> None:
-        self._vae = vae
-        self._left = config.num_painted
-        self._kept = config.num_painted > 0
-        self._rng = np.random.default_rng(config.seed)
-        self.pictures: list[np.ndarray] = []
-
-    def __call__(self, x: Tensor, seen: Seen) -> list[Example]:
-        """Return x (3, H, W) and x with defects; nothing where there are enough, or no other picture was there yet."""
-        plain = x.permute(1, 2, 0).numpy()
-        donors = self.pictures
-        if self._kept and len(donors) < MAX_PICTURES:
-            self.pictures = [*donors, self._square(plain, PICTURE_SIDE).copy()]
-        if not self._left or not donors:
-            return []
-        self._left -= 1
-        part = self._square(plain, EXAMPLE_SIDE)
-        painted, mask = paint(part, donors[self._rng.integers(len(donors))], self._rng)
-        if part.shape != plain.shape:
-            seen = self._look(part)
-        return [_example(seen, np.zeros_like(mask)), _example(self._look(painted), mask)]
-
-    def _square(self, plain: np.ndarray, largest: int) -> np.ndarray:
-        """A random square of at most `largest`, which the VAE's factor divides; pictures not larger stay whole."""
-        step, sides = self._vae.factor, plain.shape[:2]
-        if max(sides) <= largest:
-            return plain
-        size = min(largest, *sides) // step * step
-        top, left = (int(self._rng.integers(0, side - size + 1)) for side in sides)
-        return plain[top : top + size, left : left + size]
-
-    def _look(self, plain: np.ndarray) -> Seen:
-        return look(self._vae, to_unit_range(torch.from_numpy(plain.copy()).permute(2, 0, 1))[None])
+def _square(plain: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A random square of a picture, of at most `PICTURE_SIDE`."""
+    side = min(PICTURE_SIDE, *plain.shape[:2])
+    top, left = (int(rng.integers(0, size - side + 1)) for size in plain.shape[:2])
+    return plain[top : top + side, left : left + side].copy()
 
 
-def _example(seen: Seen, mask: np.ndarray) -> Example:
-    x, recon = (((values[0] + 1.0) * 127.5).round().to(torch.uint8) for values in (seen.x, seen.recon))
-    return Example(x, recon, seen.mean[0].half(), torch.from_numpy(mask).half())
-
-
-def _teach(examples: Sequence[Example], pictures: Sequence[np.ndarray], config: FitConfig, tell: Progress) -> DefectNet:
-    num_steps = max(1, config.num_epochs * len(examples) // BATCH_SIZE)
-    return teach(
-        _of_one_size(examples),
+def _teach(pictures: Sequence[np.ndarray], config: FitConfig, tell: Progress) -> Taught:
+    """The network, and how sure of a defect it is in pictures that have none."""
+    net = teach(
         pictures,
-        num_steps=num_steps,
-        num_first_steps=config.num_first_steps,
+        num_steps=config.num_steps,
         seed=config.seed,
         progress=lambda done, total: tell("teaching the network", done, total),
     )
+    some = pictures[:: -(-len(pictures) // MAX_PEAKS)]
+    peaks = torch.stack([_peaks(net, one) for one in some])
+    return Taught(net=net, mean=peaks.mean(dim=0), std=peaks.std(dim=0).clamp_min(LEAST_DEVIATION))
 
 
-def _of_one_size(examples: Sequence[Example]) -> list[Example]:
-    """The upper left part of each that all of them have."""
-    height, width = (min(example.x.shape[dim] for example in examples) for dim in (1, 2))
-    rows, columns = (min(example.mean.shape[dim] for example in examples) for dim in (1, 2))
-    return [
-        Example(x[:, :height, :width], recon[:, :height, :width], mean[:, :rows, :columns], mask[:height, :width])
-        for x, recon, mean, mask in examples
-    ]
+@torch.inference_mode()
+def _peaks(net: DefectNet, plain: np.ndarray) -> Tensor:
+    """The score of each kind (K,) in one picture (H, W, 3)."""
+    x = to_unit_range(torch.from_numpy(plain).permute(2, 0, 1))
+    return peak(net(x[None])[0])
 
 
-def _summarize(evidence: Sequence[Evidence], net: DefectNet | None, lpips_net: str | None) -> Detector:
+def _summarize(evidence: Sequence[Evidence], taught: Taught | None, lpips_net: str | None) -> Detector:
     """The detector without its ranges and its calibration: each Gaussian rests on the maps of those before it."""
     num, num_pixels = len(evidence), sum(one.pixel.numel() for one in evidence)
     noise = sum(float(one.pixel.double().sum()) for one in evidence) / num_pixels
@@ -224,7 +184,7 @@ def _summarize(evidence: Sequence[Evidence], net: DefectNet | None, lpips_net: s
         pooled=pooled,
         cells=cells,
         joint=joint,
-        net=net,
+        taught=taught,
         lpips_net=lpips_net,
     )
 

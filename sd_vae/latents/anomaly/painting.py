@@ -6,45 +6,62 @@ be learned is that a part does not belong, not how one kind of defect looks.
 Source: the idea of Li et al., "CutPaste", arXiv 2104.04015, and of Schlueter et al., "Natural Synthetic Anomalies for
 Self-Supervised Anomaly Detection and Localization", arXiv 2109.15222.
 
-Shapes: H W pixels. Pictures are (H, W, 3) in levels 0 to 255, masks (H, W) from 0 to 1.
+Shapes: K kinds of defects, H W pixels. Pictures are (H, W, 3) in levels 0 to 255, masks (H, W) from 0 to 1.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
 if TYPE_CHECKING:
     from numpy.random import Generator
 
-__all__ = ["paint"]
+__all__ = ["KINDS", "Kind", "Painted", "paint"]
+
+Kind = Literal["lines", "blur", "noise", "patch"]
+KINDS: tuple[Kind, ...] = ("lines", "blur", "noise", "patch")
+"""What is told apart; a patch comes from another picture or from another place in the same one."""
 
 MAX_DEFECTS = 2
 """In one picture."""
-LEAST_SIDE, LARGEST_SIDE = 16, 80
+LEAST_SIDE, LARGEST_SIDE = 20, 80
 """Pixels of a patch's side, as a square of its area; never more than the picture has."""
 CHANCES = {"lines": 0.25, "blur": 0.15, "noise": 0.1, "foreign": 0.4, "moved": 0.1}
-"""How often each kind is painted."""
+"""How often each is painted; foreign and moved are the two sources of a patch."""
+EDGE, INSIDE = 3.0, 0.93
+"""Pixels of the blur of a patch's mask, and what it comes to well inside: more than about 4 pixels from the edge."""
 LEAST_CHANGE, CHANGE_WINDOW = 2.0, 9
 """Levels by which pixels change at least, on average over a window of so many pixels, where a defect counts."""
 OVERSAMPLING = 4
 """Lines are drawn so many times larger and averaged down."""
 
 
-def paint(x: np.ndarray, donor: np.ndarray, rng: Generator) -> tuple[np.ndarray, np.ndarray]:
+class Painted(NamedTuple):
+    """A picture, and where what is wrong with it."""
+
+    x: np.ndarray
+    """(H, W, 3), uint8."""
+    masks: np.ndarray
+    """(K, H, W), float32; 0 where a defect leaves the picture nearly as it was."""
+    inside: np.ndarray
+    """(H, W), bool: well inside of a patch, where nothing but its surroundings tells that it does not belong."""
+
+
+def paint(x: np.ndarray, donor: np.ndarray, rng: Generator) -> Painted:
     """Return a picture with one or two defects, and where they are.
 
     Args:
         x: Normal picture, uint8.
         donor: Another one of any size, from which parts are taken, uint8.
         rng: Decides everything.
-
-    Returns:
-        The picture as uint8, and the mask as float32; it is 0 where a defect leaves the picture nearly as it was.
     """
-    painted, mask = x.astype(np.float32), np.zeros(x.shape[:2], np.float32)
+    from scipy.ndimage import gaussian_filter
+
+    painted, inside = x.astype(np.float32), np.zeros(x.shape[:2], bool)
+    masks = np.zeros((len(KINDS), *x.shape[:2]), np.float32)
     for _ in range(rng.integers(1, MAX_DEFECTS + 1)):
         kind = rng.choice(list(CHANCES), p=list(CHANCES.values()))
         if kind == "lines":
@@ -54,12 +71,13 @@ def paint(x: np.ndarray, donor: np.ndarray, rng: Generator) -> tuple[np.ndarray,
         elif kind == "noise":
             after, where = _noise(painted, rng)
         else:
-            source = donor.astype(np.float32) if kind == "foreign" else painted
-            after, where = _patch(painted, source, rng)
+            after, where = _patch(painted, donor.astype(np.float32) if kind == "foreign" else painted, rng)
+            inside |= gaussian_filter((where > 0.5).astype(np.float32), EDGE) > INSIDE
         after = after.clip(0.0, 255.0)
-        mask = np.maximum(mask, where * _is_changed(painted, after))
+        mask = masks[KINDS.index(kind if kind in KINDS else "patch")]
+        np.maximum(mask, where * _is_changed(painted, after), out=mask)
         painted = after
-    return np.rint(painted).astype(np.uint8), mask
+    return Painted(np.rint(painted).astype(np.uint8), masks, inside)
 
 
 def _is_changed(before: np.ndarray, after: np.ndarray) -> np.ndarray:

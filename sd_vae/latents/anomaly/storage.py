@@ -17,9 +17,10 @@ from sd_vae.checkpoints.formats import open_weights, write_safetensors
 from sd_vae.data import PictureTransform
 from sd_vae.errors import UserError
 from sd_vae.files import atomic_file
-from sd_vae.latents.anomaly.detector import SCORES, Detector, ScoreName
+from sd_vae.latents.anomaly.detector import Detector, ScoreName, Taught, score_names
 from sd_vae.latents.anomaly.gaussian import Gaussian
 from sd_vae.latents.anomaly.network import DefectNet
+from sd_vae.latents.anomaly.painting import KINDS
 from sd_vae.latents.fingerprint import decoder_fingerprint, encoder_fingerprint
 from sd_vae.validation import STRICT, from_plain
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMAT_VERSION", "Origin", "load_detector", "save_detector", "vae_fingerprint"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of the file's layout."""
 
 METADATA = "sd_vae_anomaly"
@@ -59,14 +60,17 @@ class Origin:
     """How many of them could be used."""
     num_calibrated: int
     """How many of those alarms were calibrated on."""
-    num_painted: int
-    """Pictures at most that defects were painted into."""
+    num_steps: int
+    """Batches that the network learned from; 0 where there is none."""
     seed: int
     """Of the painted defects and the network."""
     lpips_net: str | None = None
     """Network of LPIPS; None where it was left out."""
-    has_network: bool
-    """Whether there is a network that was taught."""
+
+    @property
+    def scores(self) -> list[ScoreName]:
+        """Scores of the detector."""
+        return score_names(has_lpips=self.lpips_net is not None, has_network=self.num_steps > 0)
 
 
 def vae_fingerprint(vae: torch.nn.Module) -> str:
@@ -84,8 +88,9 @@ def save_detector(path: Path | str, detector: Detector, origin: Origin) -> None:
     tensors: dict[str, Tensor] = {"noise": torch.tensor(detector.noise, dtype=torch.float64)}
     for name in GAUSSIANS:
         tensors |= getattr(detector, name).to_tensors(name)
-    if detector.net is not None:
-        tensors |= {f"net.{name}": tensor for name, tensor in detector.net.state_dict().items()}
+    if detector.taught is not None:
+        tensors |= {f"net.{name}": tensor for name, tensor in detector.taught.net.state_dict().items()}
+        tensors |= {"taught.mean": detector.taught.mean, "taught.std": detector.taught.std}
     tensors |= {f"range.{name}": torch.tensor(values, dtype=torch.float64) for name, values in detector.ranges.items()}
     tensors |= {
         f"calibration.{name}": torch.tensor(values, dtype=torch.float64)
@@ -106,20 +111,21 @@ def load_detector(path: Path | str) -> tuple[Detector, Origin]:
     if METADATA not in file.metadata:
         raise UserError(f"{path} is not a detector of sd-vae; give a file that `sd-vae anomaly fit` wrote.")
     origin = _origin(path, file.metadata[METADATA])
-    net = DefectNet(origin.latent_channels) if origin.has_network else None
+    net = DefectNet() if origin.num_steps else None
     tensors = {name: file.read(name) for name in file.shapes}
     _require_tensors(path, tensors, origin, net)
+    taught = None
     if net is not None:
         net.load_state_dict({name.removeprefix("net."): t for name, t in tensors.items() if name.startswith("net.")})
         net.eval().requires_grad_(False)
-    names = _score_names(origin)
+        taught = Taught(net=net, mean=tensors["taught.mean"], std=tensors["taught.std"])
     return (
         Detector(
             noise=float(tensors["noise"]),
-            net=net,
+            taught=taught,
             lpips_net=origin.lpips_net,
-            ranges={name: _pair(tensors[f"range.{name}"]) for name in names if name != "pooled"},
-            calibration={name: tuple(tensors[f"calibration.{name}"].tolist()) for name in names},
+            ranges={name: _pair(tensors[f"range.{name}"]) for name in origin.scores if name != "pooled"},
+            calibration={name: tuple(tensors[f"calibration.{name}"].tolist()) for name in origin.scores},
             **{name: Gaussian.from_tensors(name, tensors) for name in GAUSSIANS},
         ),
         origin,
@@ -140,15 +146,9 @@ def _origin(path: Path, text: str) -> Origin:
     return from_plain(Origin, values, source=str(path))
 
 
-def _score_names(origin: Origin) -> list[ScoreName]:
-    left_out = {"lpips"} if origin.lpips_net is None else set()
-    left_out |= set() if origin.has_network else {"learned"}
-    return [name for name in SCORES if name not in left_out]
-
-
 def _require_tensors(path: Path, tensors: dict[str, Tensor], origin: Origin, net: DefectNet | None) -> None:
     """Check names, shapes and finiteness of all that a detector has."""
-    channels, names = origin.latent_channels, _score_names(origin)
+    channels, names = origin.latent_channels, origin.scores
     num_figures = 6 if origin.lpips_net is None else 7
     sizes = {
         "local": 9 * channels,
@@ -163,6 +163,7 @@ def _require_tensors(path: Path, tensors: dict[str, Tensor], origin: Origin, net
     wanted |= {f"calibration.{name}": (origin.num_calibrated,) for name in names}
     if net is not None:
         wanted |= {f"net.{name}": tuple(tensor.shape) for name, tensor in net.state_dict().items()}
+        wanted |= {"taught.mean": (len(KINDS),), "taught.std": (len(KINDS),)}
     problems = [f"{name} is missing" for name in wanted if name not in tensors]
     problems += [f"{name} is unexpected" for name in tensors if name not in wanted]
     for name, shape in wanted.items():
