@@ -94,7 +94,7 @@ def test_fit_tells_how_far_it_is(vae):
 def test_fit_without_a_network_has_no_learned_scores(vae):
     detector = fit(vae, crops(8), FitConfig(num_steps=0))
 
-    assert detector.taught is None
+    assert detector.net is None
     assert detector.scores == ("joint", "elbo", "pooled", "local", "structure", "pixel")
 
 
@@ -121,14 +121,11 @@ def test_score_gives_every_score_and_map(vae, detector):
     assert set(found.maps) == set(found.scores) - {"pooled"}
 
 
-def test_learned_is_the_kind_that_is_furthest_from_normal(vae, detector):
+def test_learned_is_the_surest_of_the_kinds(vae, detector):
     found = score(detector, vae, to_unit_range(torch.stack(crops(3, seed=1))))
 
-    mean, std = detector.taught.mean, detector.taught.std
-    scaled = [(found.scores[kind] - mean[index]) / std[index] for index, kind in enumerate(KINDS)]
-    maps = [(found.maps[kind] - mean[index]) / std[index] for index, kind in enumerate(KINDS)]
-    assert torch.equal(found.scores["learned"], torch.stack(scaled).amax(dim=0))
-    torch.testing.assert_close(found.maps["learned"], torch.stack(maps).amax(dim=0))
+    for values in (found.scores, found.maps):
+        assert torch.equal(values["learned"], torch.stack([values[kind] for kind in KINDS]).amax(dim=0))
 
 
 def test_score_of_a_picture_does_not_depend_on_the_batch(vae, detector):

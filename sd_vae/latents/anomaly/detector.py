@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from sd_vae.latents.anomaly.network import DefectNet
     from sd_vae.losses.perceptual import LPIPS
 
-__all__ = ["SCORES", "Detector", "Findings", "ScoreName", "Taught", "score"]
+__all__ = ["SCORES", "Detector", "Findings", "ScoreName", "score"]
 
 ScoreName = Literal[
     "pixel", "structure", "lpips", "local", "pooled", "elbo", "joint", "patch", "noise", "blur", "lines", "learned"
@@ -42,7 +42,7 @@ SCORES: dict[ScoreName, str] = {
     "noise": "log-odds of noise, by the same network",
     "blur": "log-odds of blur, by the same network",
     "lines": "log-odds of lines and scratches, by the same network",
-    "learned": "the largest of patch, noise, blur and lines, in standard deviations of normal pictures",
+    "learned": "the largest of patch, noise, blur and lines",
 }
 """Name to what it is, the one to rely on last; higher is less normal. All but pooled have a heat map."""
 
@@ -66,33 +66,6 @@ class Findings(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Taught:
-    """A network that was taught on painted defects, and how sure of each kind it is where there is none."""
-
-    net: DefectNet
-    mean: Tensor
-    """(K,), of the scores of normal pictures."""
-    std: Tensor
-    """(K,), of the same."""
-
-    def maps(self, x: Tensor, cells: torch.Size) -> dict[ScoreName, Tensor]:
-        """Return log-odds by kind, and as `learned` the largest in standard deviations, (B, h, w) each.
-
-        Args:
-            x: Images (B, 3, H, W) in [-1, 1].
-            cells: h and w.
-        """
-        logits = interpolate(self.net(x), size=cells, mode="bilinear", align_corners=False)  # (B, K, h, w)
-        found: dict[ScoreName, Tensor] = {kind: logits[:, index] for index, kind in enumerate(KINDS)}
-        scaled = (logits - self.mean[:, None, None]) / self.std[:, None, None]
-        return found | {"learned": scaled.amax(dim=1)}
-
-    def largest(self, scores: Mapping[ScoreName, Tensor]) -> Tensor:
-        """Return the largest of the kinds' scores (B,), in standard deviations."""
-        return ((torch.stack([scores[kind] for kind in KINDS], dim=1) - self.mean) / self.std).amax(dim=1)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Detector:
     """What is normal to a VAE; made by `fit`, kept by `save_detector`."""
 
@@ -106,7 +79,7 @@ class Detector:
     """Logarithms of a cell's figures."""
     joint: Gaussian
     """Logarithms of means and peaks of a picture's maps, and its pooled latents."""
-    taught: Taught | None
+    net: DefectNet | None
     """What was taught on painted defects; None where that was left out."""
     lpips_net: str | None
     """Network of the LPIPS that belongs to it; None for none."""
@@ -118,7 +91,7 @@ class Detector:
     @property
     def scores(self) -> tuple[ScoreName, ...]:
         """Scores that it gives, the one to rely on first."""
-        return tuple(reversed(score_names(has_lpips=self.lpips_net is not None, has_network=self.taught is not None)))
+        return tuple(reversed(score_names(has_lpips=self.lpips_net is not None, has_network=self.net is not None)))
 
     @torch.inference_mode()
     def examine(self, seen: Seen, perceptual: LPIPS | None = None) -> Findings:
@@ -150,15 +123,22 @@ class Detector:
         }
         if evidence.lpips is not None:
             maps["lpips"] = evidence.lpips
-        if self.taught is not None:
-            maps |= self.taught.maps(seen.x, local.shape[-2:])
+        if self.net is not None:
+            maps |= self._learned_maps(seen.x, local.shape[-2:])
         scores: dict[ScoreName, Tensor] = {name: peak(values) for name, values in maps.items()}
         scores["elbo"] = maps["elbo"].mean(dim=(1, 2))
         scores["pooled"] = self.pooled.distance(pooled_vectors(evidence))
         scores["joint"] = self.joint.distance(vectors)
-        if self.taught is not None:
-            scores["learned"] = self.taught.largest(scores)
+        if self.net is not None:
+            scores["learned"] = torch.stack([scores[kind] for kind in KINDS]).amax(dim=0)
         return Findings({name: scores[name] for name in self.scores}, maps)
+
+    def _learned_maps(self, x: Tensor, cells: torch.Size) -> dict[ScoreName, Tensor]:
+        """Log-odds of each kind of defect and the largest of them, (B, h, w) each, for h and w of `cells`."""
+        assert self.net is not None, "asked only where there is a network"
+        logits = interpolate(self.net(x), size=cells, mode="bilinear", align_corners=False)  # (B, K, h, w)
+        found: dict[ScoreName, Tensor] = {kind: logits[:, index] for index, kind in enumerate(KINDS)}
+        return found | {"learned": logits.amax(dim=1)}
 
     def _elbo_map(self, evidence: Evidence, seen: Seen) -> Tensor:
         """-log N(x; recon, noise) + KL of a cell, over its pixel values, in nats, (B, h, w).

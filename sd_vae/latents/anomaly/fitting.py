@@ -4,13 +4,14 @@ The pictures are parted: what is normal is fitted to most of them, and alarms ar
 nothing was fitted; on its own pictures a detector would look better than it is. Into the first part defects are
 painted, for the network that looks for what does not belong.
 
-Shapes: C latent channels, K kinds of defects, H W pixels, h w latent cells.
+Shapes: C latent channels, H W pixels, h w latent cells.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -22,10 +23,8 @@ from sd_vae.images import to_unit_range
 from sd_vae.latents.anomaly.detector import (
     Detector,
     ScoreName,
-    Taught,
     cell_vectors,
     local_map,
-    peak,
     picture_vectors,
     pooled_vectors,
 )
@@ -45,12 +44,8 @@ PICTURE_SIDE = 256
 """Pixels of the squares of normal pictures that are kept for painting, at most."""
 MAX_PICTURES = 1000
 """So many are kept; together they take 200 MB."""
-MAX_PEAKS = 200
-"""Of these, so many tell how sure of a defect the network is in normal pictures."""
 LEAST_NOISE = 1e-6
 """Mean squared error, in [-1, 1], below which a reconstruction counts as perfect: far less than 8 bits resolve."""
-LEAST_DEVIATION = 1e-3
-"""Of log-odds in normal pictures."""
 MAX_CELLS = 1_000_000
 """Cells of normal pictures that the range of a heat map is taken from."""
 
@@ -121,11 +116,11 @@ def fit(
         tell("looking at normal pictures", len(evidence), None)
     if len(evidence) < 2:
         raise UserError(f"{len(evidence)} normal pictures are left to fit to; give more, or calibrate on fewer.")
-    detector = _summarize(
-        evidence,
-        _teach(kept, config, tell) if kept else None,
-        None if perceptual is None else perceptual.name.removeprefix("lpips_"),
-    )
+    net = None
+    if kept:
+        tell_steps = partial(tell, "teaching the network")
+        net = teach(kept, num_steps=config.num_steps, seed=config.seed, progress=tell_steps)
+    detector = _summarize(evidence, net, None if perceptual is None else perceptual.name.removeprefix("lpips_"))
     return _calibrate(detector, vae, _part(pictures, config.calibration, is_calibration=True), perceptual, tell)
 
 
@@ -143,27 +138,7 @@ def _square(plain: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return plain[top : top + side, left : left + side].copy()
 
 
-def _teach(pictures: Sequence[np.ndarray], config: FitConfig, tell: Progress) -> Taught:
-    """The network, and how sure of a defect it is in pictures that have none."""
-    net = teach(
-        pictures,
-        num_steps=config.num_steps,
-        seed=config.seed,
-        progress=lambda done, total: tell("teaching the network", done, total),
-    )
-    some = pictures[:: -(-len(pictures) // MAX_PEAKS)]
-    peaks = torch.stack([_peaks(net, one) for one in some])
-    return Taught(net=net, mean=peaks.mean(dim=0), std=peaks.std(dim=0).clamp_min(LEAST_DEVIATION))
-
-
-@torch.inference_mode()
-def _peaks(net: DefectNet, plain: np.ndarray) -> Tensor:
-    """The score of each kind (K,) in one picture (H, W, 3)."""
-    x = to_unit_range(torch.from_numpy(plain).permute(2, 0, 1))
-    return peak(net(x[None])[0])
-
-
-def _summarize(evidence: Sequence[Evidence], taught: Taught | None, lpips_net: str | None) -> Detector:
+def _summarize(evidence: Sequence[Evidence], net: DefectNet | None, lpips_net: str | None) -> Detector:
     """The detector without its ranges and its calibration: each Gaussian rests on the maps of those before it."""
     num, num_pixels = len(evidence), sum(one.pixel.numel() for one in evidence)
     noise = sum(float(one.pixel.double().sum()) for one in evidence) / num_pixels
@@ -184,7 +159,7 @@ def _summarize(evidence: Sequence[Evidence], taught: Taught | None, lpips_net: s
         pooled=pooled,
         cells=cells,
         joint=joint,
-        taught=taught,
+        net=net,
         lpips_net=lpips_net,
     )
 

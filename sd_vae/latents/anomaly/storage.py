@@ -17,10 +17,9 @@ from sd_vae.checkpoints.formats import open_weights, write_safetensors
 from sd_vae.data import PictureTransform
 from sd_vae.errors import UserError
 from sd_vae.files import atomic_file
-from sd_vae.latents.anomaly.detector import Detector, ScoreName, Taught, score_names
+from sd_vae.latents.anomaly.detector import Detector, ScoreName, score_names
 from sd_vae.latents.anomaly.gaussian import Gaussian
 from sd_vae.latents.anomaly.network import DefectNet
-from sd_vae.latents.anomaly.painting import KINDS
 from sd_vae.latents.fingerprint import decoder_fingerprint, encoder_fingerprint
 from sd_vae.validation import STRICT, from_plain
 
@@ -88,9 +87,8 @@ def save_detector(path: Path | str, detector: Detector, origin: Origin) -> None:
     tensors: dict[str, Tensor] = {"noise": torch.tensor(detector.noise, dtype=torch.float64)}
     for name in GAUSSIANS:
         tensors |= getattr(detector, name).to_tensors(name)
-    if detector.taught is not None:
-        tensors |= {f"net.{name}": tensor for name, tensor in detector.taught.net.state_dict().items()}
-        tensors |= {"taught.mean": detector.taught.mean, "taught.std": detector.taught.std}
+    if detector.net is not None:
+        tensors |= {f"net.{name}": tensor for name, tensor in detector.net.state_dict().items()}
     tensors |= {f"range.{name}": torch.tensor(values, dtype=torch.float64) for name, values in detector.ranges.items()}
     tensors |= {
         f"calibration.{name}": torch.tensor(values, dtype=torch.float64)
@@ -114,15 +112,13 @@ def load_detector(path: Path | str) -> tuple[Detector, Origin]:
     net = DefectNet() if origin.num_steps else None
     tensors = {name: file.read(name) for name in file.shapes}
     _require_tensors(path, tensors, origin, net)
-    taught = None
     if net is not None:
         net.load_state_dict({name.removeprefix("net."): t for name, t in tensors.items() if name.startswith("net.")})
         net.eval().requires_grad_(False)
-        taught = Taught(net=net, mean=tensors["taught.mean"], std=tensors["taught.std"])
     return (
         Detector(
             noise=float(tensors["noise"]),
-            taught=taught,
+            net=net,
             lpips_net=origin.lpips_net,
             ranges={name: _pair(tensors[f"range.{name}"]) for name in origin.scores if name != "pooled"},
             calibration={name: tuple(tensors[f"calibration.{name}"].tolist()) for name in origin.scores},
@@ -163,7 +159,6 @@ def _require_tensors(path: Path, tensors: dict[str, Tensor], origin: Origin, net
     wanted |= {f"calibration.{name}": (origin.num_calibrated,) for name in names}
     if net is not None:
         wanted |= {f"net.{name}": tuple(tensor.shape) for name, tensor in net.state_dict().items()}
-        wanted |= {"taught.mean": (len(KINDS),), "taught.std": (len(KINDS),)}
     problems = [f"{name} is missing" for name in wanted if name not in tensors]
     problems += [f"{name} is unexpected" for name in tensors if name not in wanted]
     for name, shape in wanted.items():
