@@ -52,8 +52,8 @@ class Args:
     false_alarm_rate: float = 0.05
     """Rate for which thresholds are printed; `anomaly score` takes any."""
     steps: int = 3000
-    """Batches of 8 normal squares and the same 8 with painted defects that a network learns from; 0 leaves the network
-    and its scores out."""
+    """Batches of 8 normal squares and the same 8 with painted defects that a network learns from, on the CPU: minutes a
+    thousand. 0 leaves the network and its scores out."""
     perceptual_net: Literal["none", "alex", "squeeze", "vgg"] = "none"
     """Network of LPIPS, for the score of that name; none leaves it out."""
     perceptual_backbone: str | None = None

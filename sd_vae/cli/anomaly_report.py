@@ -308,7 +308,9 @@ def _evaluation(report: Report) -> Evaluation:
     from sd_vae.latents.anomaly import SCORES
 
     metrics = {
-        str(name): Metric(label=name, higher_is_better=False, digits=3, about=SCORES[name].capitalize() + ".")
+        str(name): Metric(
+            label=name, higher_is_better=False, digits=3, about=f"{SCORES[name][:1].upper()}{SCORES[name][1:]}."
+        )
         for name in report.thresholds
     }
     results = tuple(

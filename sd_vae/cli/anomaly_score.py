@@ -40,7 +40,8 @@ class Args:
     """Preset, config.json or its folder, where the VAE brings none."""
 
     by: str | None = None
-    """Score that raises alarms and ranks pictures; by default learned, or joint where there is no network."""
+    """Score that raises alarms and ranks pictures, such as lines, blur, noise, patch or joint; by default learned, or
+    joint where there is no network."""
     false_alarm_rate: float = 0.05
     """Share of normal pictures that may raise an alarm."""
     label_column: str = "label"

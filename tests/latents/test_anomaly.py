@@ -18,6 +18,7 @@ from sd_vae.latents.anomaly import (
     FitConfig,
     Origin,
     fit,
+    fitting,
     load_detector,
     save_detector,
     score,
@@ -91,6 +92,30 @@ def test_fit_tells_how_far_it_is(vae):
     assert told[-1] == ("calibrating", 2)
 
 
+def test_fit_keeps_pictures_from_all_of_them_for_the_network(vae, monkeypatch):
+    given = []
+    monkeypatch.setattr(fitting, "MAX_PICTURES", 5)
+    monkeypatch.setattr(fitting, "teach", lambda pictures, **_: given.extend(pictures) or None)
+    pictures = [torch.full((3, SIDE, SIDE), index, dtype=torch.uint8) for index in range(40)]
+
+    fit(vae, pictures, FitConfig(num_steps=1))
+
+    kept = [int(picture[0, 0, 0]) for picture in given]
+    assert len(set(kept)) == 5
+    assert max(kept) >= 20
+
+
+def test_fit_tells_how_far_the_network_is(vae):
+    told = []
+
+    fit(vae, crops(8), FitConfig(num_steps=2), progress=lambda *one: told.append(one))
+
+    assert [one for one in told if one[0] == "teaching the network"] == [
+        ("teaching the network", 1, 2),
+        ("teaching the network", 2, 2),
+    ]
+
+
 def test_fit_without_a_network_has_no_learned_scores(vae):
     detector = fit(vae, crops(8), FitConfig(num_steps=0))
 
@@ -126,6 +151,23 @@ def test_learned_is_the_surest_of_the_kinds(vae, detector):
 
     for values in (found.scores, found.maps):
         assert torch.equal(values["learned"], torch.stack([values[kind] for kind in KINDS]).amax(dim=0))
+
+
+def test_one_hot_cell_is_seen_whatever_the_factor(vae, detector):
+    class OneCell(torch.nn.Module):
+        def forward(self, x):
+            logits = torch.full((1, 4, x.shape[2] // 8, x.shape[3] // 8), -8.0)
+            logits[..., 1, 1] = 8.0
+            return logits
+
+    x = torch.zeros(1, 3, 64, 64)
+    fine = look(vae, x)
+    coarse = fine._replace(mean=fine.mean[..., ::16, ::16], rate=fine.rate[..., ::16, ::16])  # factor 32
+
+    for seen in (fine, coarse):
+        found = dataclasses.replace(detector, net=OneCell()).examine(seen)
+        assert float(found.scores["lines"]) == 8.0
+        assert float(found.maps["lines"].max()) > 4.0
 
 
 def test_score_of_a_picture_does_not_depend_on_the_batch(vae, detector):
@@ -209,10 +251,17 @@ def test_lpips_is_a_score_with_a_map_whose_mean_is_lpips(vae, shared):
     torch.testing.assert_close(found.maps["lpips"].mean(), perceptual(seen.recon, seen.x)[0], rtol=0.1, atol=0.0)
 
 
-def test_detector_comes_back_from_its_file(vae, detector, origin, tmp_path):
+@pytest.mark.parametrize("has_network", [True, False])
+def test_detector_comes_back_from_its_file(vae, detector, origin, tmp_path, has_network):
+    if not has_network:
+        detector, origin = fit(vae, crops(40), FitConfig(num_steps=0)), dataclasses.replace(origin, num_steps=0)
     save_detector(tmp_path / "m.safetensors", detector, origin)
+    before = torch.random.get_rng_state()
 
     again, found = load_detector(tmp_path / "m.safetensors")
+
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert again.scores == detector.scores
 
     assert found == origin
     assert again.calibration == detector.calibration

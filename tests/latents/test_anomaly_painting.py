@@ -6,7 +6,7 @@ import torch
 from sd_vae.images import to_unit_range
 from sd_vae.latents.anomaly import network
 from sd_vae.latents.anomaly.network import DefectNet, teach
-from sd_vae.latents.anomaly.painting import CHANCES, KINDS, paint
+from sd_vae.latents.anomaly.painting import KINDS, paint
 
 
 @pytest.fixture
@@ -58,8 +58,8 @@ def test_inside_of_a_patch_is_away_from_its_edge(monkeypatch, photos):
 
     found = [paint(*photos, np.random.default_rng(seed)) for seed in range(20)]
 
-    assert any(one.inside.any() for one in found)
-    assert not any(one.inside[one.masks[3] < 0.5].any() for one in found if (one.masks[3] > 0.5).sum() > 2000)
+    assert sum(one.inside.any() for one in found) > 5
+    assert not any(one.inside[one.masks[3] < 0.5].any() for one in found)
 
 
 def test_paint_follows_from_its_generator(photos):
@@ -82,10 +82,6 @@ def test_paint_takes_pictures_smaller_than_its_patches(photos):
         painted, *_ = paint(photos[0][:12, :9], photos[1], np.random.default_rng(seed))
 
         assert painted.shape == (12, 9, 3)
-
-
-def test_kinds_of_defects_are_chosen_with_chances_that_add_up():
-    assert sum(CHANCES.values()) == pytest.approx(1.0)
 
 
 def grey_pictures(count):
@@ -133,6 +129,24 @@ def test_teaching_is_the_same_again_and_leaves_the_global_generator():
 
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), again.state_dict().values(), strict=True))
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_one_small_picture_does_not_make_the_squares_small():
+    large = [skimage.data.astronaut()[:160, :200], skimage.data.coffee()[:160, :200]]
+
+    with_it, without = (teach(pictures, num_steps=1) for pictures in ([*large, large[0][:16, :16]], large))
+
+    assert torch.equal(with_it.layers[0][0].weight, without.layers[0][0].weight)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 25, 3000])
+def test_learning_rate_rises_and_falls(num_steps):
+    rates = [network._rate(step, num_steps) for step in range(num_steps)]
+
+    assert min(rates) > 0
+    assert max(rates) <= 1
+    assert max(rates) > 0.9
+    assert rates[-1] < 0.6 or num_steps == 1
 
 
 def test_teaching_tells_how_far_it_is():

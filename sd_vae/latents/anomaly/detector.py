@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import adaptive_max_pool2d, interpolate
 
 from sd_vae.errors import UserError
 from sd_vae.latents.anomaly.evidence import Evidence, Seen, look, weigh, windows
@@ -39,10 +39,10 @@ SCORES: dict[ScoreName, str] = {
     "elbo": "negative evidence lower bound, in nats a pixel value",
     "joint": "Mahalanobis distance of all of a picture's figures together; the map is that of a cell's figures",
     "patch": "log-odds of a part from elsewhere, by the network taught on painted defects, mean of the worst cells",
-    "noise": "log-odds of noise, by the same network",
-    "blur": "log-odds of blur, by the same network",
-    "lines": "log-odds of lines and scratches, by the same network",
-    "learned": "the largest of patch, noise, blur and lines",
+    "noise": "log-odds of noise, by the network taught on painted defects, mean of the worst cells",
+    "blur": "log-odds of blur, by the network taught on painted defects, mean of the worst cells",
+    "lines": "log-odds of lines and scratches, by the network taught on painted defects, mean of the worst cells",
+    "learned": "the largest of the log-odds of lines, blur, noise and patch",
 }
 """Name to what it is, the one to rely on last; higher is less normal. All but pooled have a heat map."""
 
@@ -80,7 +80,7 @@ class Detector:
     joint: Gaussian
     """Logarithms of means and peaks of a picture's maps, and its pooled latents."""
     net: DefectNet | None
-    """What was taught on painted defects; None where that was left out."""
+    """Gives the log-odds of each kind of defect, taught on painted ones; None where that was left out."""
     lpips_net: str | None
     """Network of the LPIPS that belongs to it; None for none."""
     ranges: Mapping[ScoreName, tuple[float, float]] = field(default_factory=dict)
@@ -123,22 +123,18 @@ class Detector:
         }
         if evidence.lpips is not None:
             maps["lpips"] = evidence.lpips
-        if self.net is not None:
-            maps |= self._learned_maps(seen.x, local.shape[-2:])
         scores: dict[ScoreName, Tensor] = {name: peak(values) for name, values in maps.items()}
         scores["elbo"] = maps["elbo"].mean(dim=(1, 2))
         scores["pooled"] = self.pooled.distance(pooled_vectors(evidence))
         scores["joint"] = self.joint.distance(vectors)
         if self.net is not None:
+            logits = self.net(seen.x)
+            sized = _resized(logits, local.shape[-2:])
+            for index, kind in enumerate(KINDS):
+                scores[kind], maps[kind] = peak(logits[:, index]), sized[:, index]
             scores["learned"] = torch.stack([scores[kind] for kind in KINDS]).amax(dim=0)
+            maps["learned"] = sized.amax(dim=1)
         return Findings({name: scores[name] for name in self.scores}, maps)
-
-    def _learned_maps(self, x: Tensor, cells: torch.Size) -> dict[ScoreName, Tensor]:
-        """Log-odds of each kind of defect and the largest of them, (B, h, w) each, for h and w of `cells`."""
-        assert self.net is not None, "asked only where there is a network"
-        logits = interpolate(self.net(x), size=cells, mode="bilinear", align_corners=False)  # (B, K, h, w)
-        found: dict[ScoreName, Tensor] = {kind: logits[:, index] for index, kind in enumerate(KINDS)}
-        return found | {"learned": logits.amax(dim=1)}
 
     def _elbo_map(self, evidence: Evidence, seen: Seen) -> Tensor:
         """-log N(x; recon, noise) + KL of a cell, over its pixel values, in nats, (B, h, w).
@@ -175,6 +171,13 @@ def peak(values: Tensor) -> Tensor:
     """Return the mean of the largest `PEAK_SHARE` of each map (B, h, w), (B,)."""
     flat = values.flatten(1)
     return flat.topk(max(1, round(PEAK_SHARE * flat.shape[1])), dim=1).values.mean(dim=1)
+
+
+def _resized(maps: Tensor, cells: torch.Size) -> Tensor:
+    """Maps (B, K, h', w') with h and w of `cells`; where these are fewer, each has the largest value in it."""
+    if maps.shape[-1] > cells[1] or maps.shape[-2] > cells[0]:
+        return adaptive_max_pool2d(maps, (cells[0], cells[1]))
+    return interpolate(maps, size=cells, mode="bilinear", align_corners=False)
 
 
 def local_map(gaussian: Gaussian, evidence: Evidence) -> Tensor:

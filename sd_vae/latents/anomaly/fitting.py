@@ -43,7 +43,7 @@ __all__ = ["FitConfig", "Progress", "fit"]
 PICTURE_SIDE = 256
 """Pixels of the squares of normal pictures that are kept for painting, at most."""
 MAX_PICTURES = 1000
-"""So many are kept; together they take 200 MB."""
+"""So many are kept, drawn from all of them; together they take 200 MB."""
 LEAST_NOISE = 1e-6
 """Mean squared error, in [-1, 1], below which a reconstruction counts as perfect: far less than 8 bits resolve."""
 MAX_CELLS = 1_000_000
@@ -64,7 +64,8 @@ class FitConfig:
     calibration: float = 0.25
     """Share of the normal pictures that alarms are calibrated on; spread evenly over them."""
     num_steps: int = 3000
-    """Batches of 8 normal squares and the same 8 with painted defects that the network learns from; 0 leaves it out."""
+    """Batches of 8 normal squares and the same 8 with painted defects that the network learns from, on the CPU: minutes
+    a thousand. 0 leaves it out."""
     seed: int = 0
     """Of the painted defects and of the network."""
 
@@ -111,8 +112,12 @@ def fit(
     rng = np.random.default_rng(config.seed)
     for x in _part(pictures, config.calibration, is_calibration=False):
         evidence.append(weigh(look(vae, to_unit_range(x)[None]), perceptual))
-        if config.num_steps and len(kept) < MAX_PICTURES:
-            kept.append(_square(x.permute(1, 2, 0).numpy(), rng))
+        if config.num_steps:
+            square = _square(x.permute(1, 2, 0).cpu().numpy(), rng)
+            if len(kept) < MAX_PICTURES:
+                kept.append(square)
+            elif (place := int(rng.integers(len(evidence)))) < MAX_PICTURES:
+                kept[place] = square
         tell("looking at normal pictures", len(evidence), None)
     if len(evidence) < 2:
         raise UserError(f"{len(evidence)} normal pictures are left to fit to; give more, or calibrate on fewer.")

@@ -2,7 +2,7 @@
 
 It sees the picture alone and answers once in 8x8 pixels, for each kind of defect by itself: where it cannot be sure of
 blur, lines are still plain to see. It learns from pairs, a square of a normal picture and the same square with
-defects, so that a batch differs in nothing else. 430 k parameters.
+defects, so that the two differ in nothing else. 430 k parameters.
 
 Source: Li et al., "CutPaste", arXiv 2104.04015, for learning from painted defects.
 
@@ -11,6 +11,7 @@ Shapes: B pictures, K kinds of defects, H W pixels, h' w' cells of 8x8 pixels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -90,8 +91,9 @@ def teach(
 ) -> DefectNet:
     """Return a network that was taught on squares of normal pictures, as they are and painted, in eval mode.
 
-    Defects are painted anew at every step. Binary cross-entropy of each kind in each cell, mean over all but the cells
-    inside of a patch, which look as they should; Muon, one cycle of the learning rate.
+    Defects are painted anew at every step. Binary cross-entropy of each kind in each cell, mean over all but the
+    answers about patches in cells inside of one, which look as they should. Muon, on the CPU, with a learning rate that
+    rises and then falls like a cosine. Pictures smaller than the squares are left out, unless too few would remain.
 
     Args:
         pictures: Normal ones, (H, W, 3) in uint8; two at least.
@@ -103,13 +105,15 @@ def teach(
         torch.manual_seed(seed)
         net = DefectNet().to(memory_format=torch.channels_last)
     optimizer = Muon(net.parameters(), MAX_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, MAX_LEARNING_RATE, total_steps=num_steps, pct_start=WARM_UP, cycle_momentum=False
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, num_steps))
     rng = np.random.default_rng(seed)
+    large = [picture for picture in pictures if min(picture.shape[:2]) >= SQUARE_SIDE]
+    if len(large) >= 2:
+        pictures = large
+    side = min((SQUARE_SIDE, *(min(each.shape[:2]) for each in pictures)))
     for step in range(num_steps):
         optimizer.zero_grad(set_to_none=True)
-        _loss(net, _pairs(pictures, rng)).backward()
+        _loss(net, _pairs(pictures, side, rng)).backward()
         optimizer.step()
         schedule.step()
         if progress is not None:
@@ -117,9 +121,16 @@ def teach(
     return net.eval().requires_grad_(False)
 
 
+def _rate(step: int, num_steps: int) -> float:
+    """The learning rate of a step, from 0, as a part of the largest: up in a straight line, down like a cosine."""
+    rising = min(1.0, (step + 1) / max(1.0, WARM_UP * num_steps))
+    return rising * (1.0 + math.cos(math.pi * step / num_steps)) / 2.0
+
+
 def _loss(net: DefectNet, squares: Sequence[Painted]) -> Tensor:
     x = to_unit_range(torch.from_numpy(np.stack([square.x for square in squares])).permute(0, 3, 1, 2))
-    masks, inside = (torch.from_numpy(np.stack([getattr(square, name) for square in squares])) for name in _TARGETS)
+    masks = torch.from_numpy(np.stack([square.masks for square in squares]))
+    inside = torch.from_numpy(np.stack([square.inside for square in squares]))
     logits = net(x)
     cells = logits.shape[-2:]
     is_defective = (adaptive_max_pool2d(masks, cells) > COVERED).float()
@@ -128,12 +139,8 @@ def _loss(net: DefectNet, squares: Sequence[Painted]) -> Tensor:
     return binary_cross_entropy_with_logits(logits, is_defective, weights, reduction="sum") / weights.sum()
 
 
-_TARGETS = ("masks", "inside")
-
-
-def _pairs(pictures: Sequence[np.ndarray], rng: Generator) -> list[Painted]:
+def _pairs(pictures: Sequence[np.ndarray], side: int, rng: Generator) -> list[Painted]:
     """Squares of normal pictures, each followed by itself with defects."""
-    side = min((SQUARE_SIDE, *(min(each.shape[:2]) for each in pictures)))
     found = []
     for _ in range(NUM_PAIRS):
         plain, donor = (_square(pictures, side, rng) for _ in range(2))

@@ -28,7 +28,7 @@ KINDS: tuple[Kind, ...] = ("lines", "blur", "noise", "patch")
 MAX_DEFECTS = 2
 """In one picture."""
 LEAST_SIDE, LARGEST_SIDE = 20, 80
-"""Pixels of a patch's side, as a square of its area; never more than the picture has."""
+"""Pixels of the side of what is painted, as a square of its area; never more than the picture has."""
 CHANCES = {"lines": 0.25, "blur": 0.15, "noise": 0.1, "foreign": 0.4, "moved": 0.1}
 """How often each is painted; foreign and moved are the two sources of a patch."""
 EDGE, INSIDE = 3.0, 0.93
@@ -51,11 +51,11 @@ class Painted(NamedTuple):
 
 
 def paint(x: np.ndarray, donor: np.ndarray, rng: Generator) -> Painted:
-    """Return a picture with one or two defects, and where they are.
+    """Return a picture with one or two defects, and where they can be seen.
 
     Args:
         x: Normal picture, uint8.
-        donor: Another one of any size, from which parts are taken, uint8.
+        donor: One of any size, from which parts are taken, uint8.
         rng: Decides everything.
     """
     from scipy.ndimage import gaussian_filter
@@ -72,10 +72,12 @@ def paint(x: np.ndarray, donor: np.ndarray, rng: Generator) -> Painted:
             after, where = _noise(painted, rng)
         else:
             after, where = _patch(painted, donor.astype(np.float32) if kind == "foreign" else painted, rng)
-            inside |= gaussian_filter((where > 0.5).astype(np.float32), EDGE) > INSIDE
         after = after.clip(0.0, 255.0)
+        is_changed = _is_changed(painted, after)
+        if kind in ("foreign", "moved"):
+            inside |= is_changed & (gaussian_filter((where > 0.5).astype(np.float32), EDGE) > INSIDE)
         mask = masks[KINDS.index(kind if kind in KINDS else "patch")]
-        np.maximum(mask, where * _is_changed(painted, after), out=mask)
+        np.maximum(mask, where * is_changed, out=mask)
         painted = after
     return Painted(np.rint(painted).astype(np.uint8), masks, inside)
 

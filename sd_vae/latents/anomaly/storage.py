@@ -67,9 +67,14 @@ class Origin:
     """Network of LPIPS; None where it was left out."""
 
     @property
+    def has_network(self) -> bool:
+        """Whether a network was taught."""
+        return self.num_steps > 0
+
+    @property
     def scores(self) -> list[ScoreName]:
         """Scores of the detector."""
-        return score_names(has_lpips=self.lpips_net is not None, has_network=self.num_steps > 0)
+        return score_names(has_lpips=self.lpips_net is not None, has_network=self.has_network)
 
 
 def vae_fingerprint(vae: torch.nn.Module) -> str:
@@ -84,6 +89,7 @@ def save_detector(path: Path | str, detector: Detector, origin: Origin) -> None:
     Raises:
         UserError: The file cannot be written.
     """
+    assert origin.has_network == (detector.net is not None), "the origin is that of the detector"
     tensors: dict[str, Tensor] = {"noise": torch.tensor(detector.noise, dtype=torch.float64)}
     for name in GAUSSIANS:
         tensors |= getattr(detector, name).to_tensors(name)
@@ -109,7 +115,8 @@ def load_detector(path: Path | str) -> tuple[Detector, Origin]:
     if METADATA not in file.metadata:
         raise UserError(f"{path} is not a detector of sd-vae; give a file that `sd-vae anomaly fit` wrote.")
     origin = _origin(path, file.metadata[METADATA])
-    net = DefectNet() if origin.num_steps else None
+    with torch.random.fork_rng(devices=[]):  # its first weights are drawn, and replaced
+        net = DefectNet() if origin.has_network else None
     tensors = {name: file.read(name) for name in file.shapes}
     _require_tensors(path, tensors, origin, net)
     if net is not None:
