@@ -1,17 +1,18 @@
 """How well `sd-vae anomaly` tells photos with defects from the same photos without, and food from everything else.
 
-    python -m benchmarks.anomaly VAE --photos ../shared/data/photos_train --work ../anomaly
+    python -m benchmarks.anomaly VAE --photos ../shared/data/photos_train --work ../anomaly --plot docs/anomaly.jpg
 
 Normal photos are those that `benchmarks.mini_data` trains on; the held-out ones are scored as they are and with a
 defect of each kind. The commands are run as a user would; WORK keeps the photos, the detectors and the reports. Prints
-the table of `docs/anomaly.md`.
+the table of `docs/anomaly.md`, and how many of each kind raise an alarm at a false-alarm rate of 5%.
 """
 
 import argparse
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -20,8 +21,9 @@ from benchmarks.anomaly_defects import DEFECTS, make_defect
 from benchmarks.mini_data import is_held_out
 from sd_vae.cli import main as sd_vae
 from sd_vae.images import list_images, open_image
+from sd_vae.latents.preview import contact_sheet
 
-__all__ = ["make_photos", "table"]
+__all__ = ["alarm_rates", "make_photos", "sheet", "table"]
 
 BAR = 0.9
 """AUROC that every kind of defect is to reach."""
@@ -33,6 +35,8 @@ SCORE = {
     "foreign_patch": "patch",
 }
 """Kind of defect to the score that is to find it; `learned`, which raises alarms, is printed beside."""
+SHEET_SIDE = 192
+"""Pixels of a picture in the sheet."""
 FOOD = "feedme"
 """The folder of the photos that holds food."""
 
@@ -80,21 +84,56 @@ def table(scores: dict[str, dict[str, dict[str, float]]]) -> list[str]:
     return lines
 
 
+def alarm_rates(pictures: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """Return the share of each label's pictures that raise an alarm.
+
+    Args:
+        pictures: Those of `scores.json`.
+    """
+    alarms: dict[str, list[bool]] = {}
+    for picture in pictures:
+        alarms.setdefault(picture["label"], []).append(picture["alarm"])
+    return {label: sum(values) / len(values) for label, values in alarms.items()}
+
+
+def sheet(maps: Path, kinds: Sequence[str], *, num_photos: int = 2) -> Image.Image:
+    """Return the first pictures of each kind, a column a kind, each above its heat map.
+
+    Args:
+        maps: Folder `maps` of a report: a picture and its heat map side by side, as `KIND_NAME.png`.
+        kinds: In the order of the columns.
+        num_photos: Of each kind.
+    """
+    strips = [[open_image(path) for path in sorted(maps.glob(f"{kind}_*.png"))[:num_photos]] for kind in kinds]
+    cells = []
+    for row in zip(*strips, strict=True):
+        side = row[0].height
+        cells += [strip.crop((0, 0, side, side)) for strip in row]
+        cells += [strip.crop((strip.width - side, 0, strip.width, side)) for strip in row]
+    return contact_sheet(cells, columns=len(kinds), side=SHEET_SIDE)
+
+
 def _cell(found: dict[str, float] | None) -> str:
     return "-" if found is None else f"{found['value']:.3f} ({found['low']:.2f} to {found['high']:.2f})"
 
 
-def _run(vae: str, work: Path, normal: str, data: str, options: list[str]) -> dict[str, dict[str, dict[str, float]]]:
-    """Fit and score; AUROC by kind and score."""
+def _run(vae: str, work: Path, normal: str, data: str, options: list[str]) -> dict[str, Any]:
+    """Fit and score; what is in scores.json."""
     model, out = work / f"{normal}.safetensors", work / f"{data}_report"
     codes = [
         sd_vae(["anomaly", "fit", vae, str(work / normal), "--out", str(model), "--overwrite", *options]),
-        sd_vae(["anomaly", "score", str(model), str(work / data), "--out", str(out), "--overwrite", "--maps", "none"]),
+        sd_vae(["anomaly", "score", str(model), str(work / data), "--out", str(out), "--overwrite", "--maps", "all"]),
     ]
     if any(codes):
         raise SystemExit(max(codes))
-    detection = json.loads((out / "scores.json").read_text())["detection"]
-    return {kind: {name: one["auroc"] for name, one in by_score.items()} for kind, by_score in detection.items()}
+    found: dict[str, Any] = json.loads((out / "scores.json").read_text())
+    return found
+
+
+def _aurocs(scores: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
+    return {
+        kind: {name: one["auroc"] for name, one in by_score.items()} for kind, by_score in scores["detection"].items()
+    }
 
 
 def _square(path: Path, size: int) -> np.ndarray:
@@ -128,16 +167,21 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=256, help="side of the squares in pixels")
     parser.add_argument("--limit", type=int, default=1200, help="normal photos at most")
     parser.add_argument("--steps", type=int, default=3000, help="batches that the network learns from")
+    parser.add_argument("--plot", type=Path, help="picture to write: defects and their heat maps")
     args = parser.parse_args()
     make_photos(args.photos, args.work, size=args.size, limit=args.limit)
     shared = ["--size", str(args.size)]
-    defects = _run(args.vae, args.work, "normal", "defects", [*shared, "--steps", str(args.steps)])
-    kinds = _run(args.vae, args.work, "food", "kinds", [*shared, "--steps", "0"])
+    found = _run(args.vae, args.work, "normal", "defects", [*shared, "--steps", str(args.steps)])
+    others = _run(args.vae, args.work, "food", "kinds", [*shared, "--steps", "0"])
+    defects, kinds = _aurocs(found), _aurocs(others)
     print("\n".join(table(defects | {"food against everything else": kinds["other"]})))
     for kind, name in SCORE.items():
         value, alarms = (defects[kind][one]["value"] for one in (name, "learned"))
         verdict = "met" if value >= BAR else "MISSED"
         print(f"{verdict}: {kind}, {name} {value:.3f}, learned {alarms:.3f}, bar {BAR}")
+    print("alarms:", ", ".join(f"{label} {rate:.0%}" for label, rate in alarm_rates(found["pictures"]).items()))
+    if args.plot:
+        sheet(args.work / "defects_report" / "maps", list(DEFECTS)).save(args.plot, quality=85)
 
 
 if __name__ == "__main__":
