@@ -30,7 +30,7 @@ from sd_vae.latents.compression import compress
 from sd_vae.latents.compression.steps import DEFAULT_QUALITY
 from sd_vae.losses import Perceptual, PerceptualConfig, build_perceptual
 
-__all__ = ["large_picture", "measure", "plot", "to_figures"]
+__all__ = ["large_picture", "measure", "measure_all", "plot", "to_figures"]
 
 QUALITIES = (30.0, 55.0, DEFAULT_QUALITY, 95.0)
 LARGE_BYTES = 10_000_000
@@ -142,6 +142,20 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> None:
         drawing.savefig(temporary, format="jpeg", dpi=110, pil_kwargs={"quality": 85})
 
 
+def measure_all(vae: str, pictures: Sequence[Image.Image], backbone: str | None) -> tuple[list[Row], int]:
+    """Return means over pictures by way and quality, and the bytes of the large picture at the default quality.
+
+    Args:
+        vae: A folder, a file, a hub id, or mini.
+        pictures: To compress.
+        backbone: Weights of AlexNet, for LPIPS; None leaves it out.
+    """
+    model = load_vae(vae)
+    perceptual = build_perceptual(PerceptualConfig(net="alex", backbone=backbone)) if backbone else None
+    rows = means([measure(model, picture, perceptual) for picture in pictures])
+    return rows, len(compress(model, to_tensor(large_picture(pictures))).data)
+
+
 def main() -> None:
     """Measure, print one line of JSON, and draw."""
     parser = argparse.ArgumentParser(description="bits, PSNR and LPIPS of compressed pictures beside JPEG and WebP")
@@ -152,11 +166,8 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="JPEG to draw")
     parser.add_argument("--keep", action="store_true", help="append to benchmarks/compression.md")
     args = parser.parse_args()
-    vae = load_vae(args.vae)
-    perceptual = build_perceptual(PerceptualConfig(net="alex", backbone=args.backbone)) if args.backbone else None
     pictures = [open_image(path) for path in list_images(args.photos)][: args.limit]
-    rows = means([measure(vae, picture, perceptual) for picture in pictures])
-    large_bytes = len(compress(vae, to_tensor(large_picture(pictures))).data)
+    rows, large_bytes = measure_all(args.vae, pictures, args.backbone)
     figures = to_figures(rows, large_bytes)
     print(json.dumps({"rows": rows, "large_bytes": large_bytes, "all_met": all_met(figures)}))
     if args.plot is not None:

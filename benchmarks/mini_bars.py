@@ -13,7 +13,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ from sd_vae.data import open_source
 from sd_vae.images import to_tensor
 from sd_vae.losses import Perceptual, PerceptualConfig, build_perceptual
 
-__all__ = ["equivariance_errors", "quality", "seconds", "to_figures"]
+__all__ = ["Measured", "equivariance_errors", "measure_all", "quality", "seconds", "to_figures"]
 
 KODAK_SIZE = 512
 MAX_VARIANCE_ERROR = 0.1
@@ -123,6 +123,50 @@ def to_figures(
     ]
 
 
+class Measured(NamedTuple):
+    """What ships, measured."""
+
+    figures: list[Figure]
+    errors: dict[str, float]
+    """Of equivariance, see `equivariance_errors`."""
+    held_out_variances: list[float]
+
+
+def measure_all(
+    vae: str, *, kodak: str, taesd: str, photos: str, holdout: str, backbone: str, rounds: int = 9
+) -> Measured:
+    """Return the bars of a VAE, and what is told beside them.
+
+    Args:
+        vae: What is judged: a folder, or `mini` for what ships.
+        kodak: Pictures that quality is measured on.
+        taesd: Weights that it is compared with.
+        photos: Those that every other of set the scale.
+        holdout: Photos that nothing was trained on.
+        backbone: Weights of AlexNet, for LPIPS.
+        rounds: For the times.
+    """
+    ours, other = load_autoencoder(vae), load_autoencoder(taesd)
+    perceptual = build_perceptual(PerceptualConfig(net="alex", backbone=backbone))
+    assert perceptual is not None, "a perceptual term of weight 1 is always built"
+    suite, unseen = open_source(kodak), open_source(holdout)
+    squares = [central_square(suite.load(index), KODAK_SIZE) for index in range(len(suite))]
+    held_out = [central_square(unseen.load(index), SIZE) for index in range(len(unseen))]
+    own_seconds, other_seconds = seconds([ours, other], KODAK_SIZE, rounds)
+    factor = ours.config.scaling_factor
+    variances, held_out_variances = (
+        (factor * latent_moments(ours, pictures).std).square().tolist()
+        for pictures in (every_other(open_source(photos), 1), held_out)
+    )
+    figures = to_figures(
+        quality(ours, squares, perceptual),
+        quality(other, squares, perceptual),
+        (own_seconds, other_seconds),
+        variances,
+    )
+    return Measured(figures, equivariance_errors(ours, held_out), held_out_variances)
+
+
 def main() -> None:
     """Measure, print as JSON, and keep the table in benchmarks/mini.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -131,34 +175,16 @@ def main() -> None:
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--rounds", type=int, default=9, help="for the times")
     parser.add_argument("--keep", action="store_true", help="add the table to benchmarks/mini.md")
-    args = parser.parse_args()
-    ours, taesd = (load_autoencoder(path) for path in (args.vae, args.taesd))
-    perceptual = build_perceptual(PerceptualConfig(net="alex", backbone=args.backbone))
-    assert perceptual is not None, "a perceptual term of weight 1 is always built"
-    kodak, holdout = open_source(args.kodak), open_source(args.holdout)
-    squares = [central_square(kodak.load(index), KODAK_SIZE) for index in range(len(kodak))]
-    held_out = [central_square(holdout.load(index), SIZE) for index in range(len(holdout))]
-    own_seconds, other_seconds = seconds([ours, taesd], KODAK_SIZE, args.rounds)
-    factor = ours.config.scaling_factor
-    variances, held_out_variances = (
-        (factor * latent_moments(ours, pictures).std).square().tolist()
-        for pictures in (every_other(open_source(args.photos), 1), held_out)
-    )
-    figures = to_figures(
-        quality(ours, squares, perceptual),
-        quality(taesd, squares, perceptual),
-        (own_seconds, other_seconds),
-        variances,
-    )
-    errors = equivariance_errors(ours, held_out)
+    args = vars(parser.parse_args())
+    is_kept = args.pop("keep")
+    figures, errors, variances = measure_all(**args)
     named = ", ".join(f"{name} {error:.3f}" for name, error in errors.items())
-    others = ", ".join(f"{variance:.3f}" for variance in held_out_variances)
-    beside = f"On the {len(held_out)} held-out photos: equivariance errors {named}; variances {others}."
-    table = f"{to_markdown(figures)}\n\n{beside}"
+    others = ", ".join(f"{variance:.3f}" for variance in variances)
+    table = f"{to_markdown(figures)}\n\nOn held-out photos: equivariance errors {named}; variances {others}."
     print(
         json.dumps({figure.name: [figure.value, figure.verdict, figure.note] for figure in figures} | errors, indent=1)
     )
-    if args.keep:
+    if is_kept:
         append(
             ROOT / "benchmarks" / "mini.md",
             "# mini beside TAESD (8-bit weights)\n",

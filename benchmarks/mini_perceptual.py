@@ -35,7 +35,7 @@ from sd_vae.losses.distilled import Distilled
 from sd_vae.losses.perceptual import LPIPS
 from training import TrainConfig
 
-__all__ = ["TERMS", "kind_correlations", "run_config", "time_figures", "training_figures"]
+__all__ = ["TERMS", "kind_correlations", "measure_all", "parse", "run_config", "time_figures", "training_figures"]
 
 TERMS = ("none", "alex", "distilled")
 """Perceptual terms that the short runs are trained with."""
@@ -126,8 +126,8 @@ def _vgg() -> tuple[nn.Module, str]:
     return model.eval().requires_grad_(False), "random"
 
 
-def main(argv: list[str]) -> int:
-    """Measure, train, print, keep the table where asked; 1 where a must is missed."""
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--holdout", required=True, help="photos to be damaged: a folder or parquet files")
@@ -136,7 +136,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--weight", type=float, default=0.1, help="of the perceptual term")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=9, help="for the times")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def measure_all(args: argparse.Namespace) -> list[Figure]:
+    """Measure, train, and return the bars; runs that are finished in the work folder are not repeated."""
     alex = LPIPS("alex", args.alex)
     ours = Distilled(args.distilled)
     data = DataConfig(train=args.holdout, size=SIZE, crop_scale=(0.8, 1.0), flip=False, num_workers=0)
@@ -156,7 +160,13 @@ def main(argv: list[str]) -> int:
         term: kept(args.work / f"{term}.measured.json", partial(_judged, folder, pictures, alex))
         for term, folder in folders.items()
     }
-    figures += training_figures({term: values["lpips_alex"] for term, values in measured.items()})
+    return figures + training_figures({term: values["lpips_alex"] for term, values in measured.items()})
+
+
+def main(argv: list[str]) -> int:
+    """Measure, train, print, keep the table where asked; 1 where a must is missed."""
+    args = parse(argv)
+    figures = measure_all(args)
     table = to_markdown(figures)
     print(table)
     if args.keep:

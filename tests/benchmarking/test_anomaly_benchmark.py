@@ -6,7 +6,7 @@ import numpy as np
 import skimage.data
 from PIL import Image
 
-from benchmarks.anomaly import SCORE, alarm_rates, make_photos, sheet, table
+from benchmarks.anomaly import SCORE, alarm_rates, make_photos, sheet, table, to_figures
 from benchmarks.anomaly_defects import DEFECTS, make_defect
 from benchmarks.mini_data import is_held_out
 
@@ -74,3 +74,14 @@ def test_sheet_has_each_picture_above_its_heat_map(tmp_path: Path) -> None:
 
     levels = [pixels[row, column] for row in (32, 100, 170, 240) for column in (32, pixels.shape[1] - 32)]
     assert levels == [40, 80, 140, 180] * 2
+
+
+def test_a_defect_is_judged_by_the_score_of_its_kind() -> None:
+    def aurocs(value: float) -> dict[str, dict[str, dict[str, float]]]:
+        names = ("learned", "lines", "blur", "noise", "patch", "pixel variance")
+        return {name: {"auroc": {"value": value if name == "lines" else 0.95}} for name in names}
+
+    figures = to_figures({"detection": {kind: aurocs(0.5) for kind in DEFECTS}})
+
+    assert [figure.verdict for figure in figures] == ["MISSED", "met", "met", "met", "met"]
+    assert figures[0].note == "by lines; learned 0.950, pixel variance 0.950"

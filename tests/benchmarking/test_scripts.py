@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, half_precision, memory, plot_cost, speed, trainer_step, training_step
+from benchmarks import bars, gpu, half_precision, memory, plot_cost, speed, trainer_step, training_step
 from benchmarks.figures import Figure, all_met, append, to_markdown
 from benchmarks.memory import Outcome, Run
 from sd_vae.autoencoder import AutoencoderKL
@@ -37,6 +37,16 @@ def test_all_met_leaves_out_what_did_not_run() -> None:
     assert all_met([_figure(2.5), _figure(None)]) is True
     assert all_met([_figure(2.5), _figure(1.0)]) is False
     assert all_met([_figure(None)]) is None
+
+
+@pytest.mark.parametrize("name", ["shared_tests", "mini", "mini_perceptual", "compression", "anomaly"])
+def test_bars_that_need_shared_say_so(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bars, "SHARED", tmp_path / "none")
+
+    result = bars.BARS[name]()
+
+    assert result.met is None
+    assert result.figure == "not run: needs the folder shared/ beside the checkout"
 
 
 def test_append_keeps_older_sections(tmp_path: Path) -> None:
