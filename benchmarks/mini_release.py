@@ -103,6 +103,8 @@ def release(vae: AutoencoderKL, card: str, out: Path, *, overwrite: bool = False
             f"{vae.num_parameters():,} parameters are {num_bytes / 1e6:.1f} MB in fp16, what ships has at most "
             f"{MAX_MB:g} MB; train a smaller architecture."
         )
+    if overwrite:
+        (out / SUMS).unlink(missing_ok=True)  # save_vae replaces no folder that holds what it does not know
     save_vae(vae, out, dtype="float16", overwrite=overwrite)
     write_text(out / "README.md", card)
     write_sums(out)

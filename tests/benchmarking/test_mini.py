@@ -204,6 +204,14 @@ def test_release_writes_what_load_vae_takes(tiny_vae: AutoencoderKL, tmp_path: P
     assert all(torch.equal(a, b.half().float()) for a, b in zip(vae.parameters(), tiny_vae.parameters(), strict=True))
 
 
+def test_release_replaces_what_was_released(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
+    mini_release.release(tiny_vae, "# card\n", tmp_path / "mini")
+
+    folder = mini_release.release(tiny_vae, "# another card\n", tmp_path / "mini", overwrite=True)
+
+    assert (folder / "README.md").read_text() == "# another card\n"
+
+
 def test_release_refuses_what_is_too_large(tiny_vae: AutoencoderKL, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(mini_release, "MAX_MB", 0.01)
 
